@@ -1,0 +1,191 @@
+"""The ops that every backend provides, and the arrays that pass between the engine, the models and the ops.
+
+Letters: T tokens of a step, S sequences, H query heads, KH key/value heads, D head dimension, NB blocks of BS slots,
+MB the longest block table, M hidden size, I intermediate size, V vocabulary. Activations are float32, C-contiguous
+unless said otherwise. An op given `out` writes there and returns it; it may alias an input only where said.
+
+Same-bits rules that every op keeps: each output row is a function of its own inputs alone, with an order of
+floating-point operations that depends on nothing but the reduced axis's length and the stored dtype: never on T, S,
+the block numbers, the chunking, or the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weights import Tensor
+
+__all__ = ["Backend", "Batch", "F32Array", "I32Array", "KVCache", "KVCacheSpec", "Weight"]
+
+F32Array = NDArray[np.float32]
+I32Array = NDArray[np.int32]
+
+SPLIT_KEYS = 256  # attention partials cover this many keys, at fixed absolute positions
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one step, ragged over sequences. All arrays are int32.
+
+    The queries of sequence s are its last n = cu_seqlens_q[s + 1] - cu_seqlens_q[s] positions: those from
+    seq_lens[s] - n to seq_lens[s] - 1. Chunked prefill and decode differ only in n.
+
+    Attributes:
+        token_ids: (T,)
+        positions: (T,) absolute position of each token in its sequence.
+        slot_mapping: (T,) where the token's key and value go: block * block_size + offset.
+        cu_seqlens_q: (S + 1,) prefix sums of the queries per sequence.
+        seq_lens: (S,) tokens of each sequence in the cache once this step has written its own.
+        block_tables: (S, MB) block ids; entries that no query can see hold anything.
+    """
+
+    token_ids: I32Array
+    positions: I32Array
+    slot_mapping: I32Array
+    cu_seqlens_q: I32Array
+    seq_lens: I32Array
+    block_tables: I32Array
+
+
+class Weight(Protocol):
+    """A matrix (out, in) in the backend's own packed form, quantised as its file had it."""
+
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCacheSpec:
+    """The paged cache to reserve. dtype: "f32", "f16" or "bf16"."""
+
+    num_layers: int
+    num_blocks: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+
+
+class KVCache(Protocol):
+    """Keys and values of all layers; `layers[i]` is what write_kv and paged_attention take.
+
+    The layout inside a layer is the backend's own; a block is one index of the first axis of its arrays.
+    """
+
+    spec: KVCacheSpec
+    layers: Sequence[Any]
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Backend(Protocol):
+    """One device's implementation of the ops."""
+
+    name: str
+
+    # ---- what the backend holds in memory; sizes are exact, and known before anything is allocated
+
+    def load_matrix(self, tensors: Sequence[Tensor]) -> Weight:
+        """Packs tensors (out_i, in), stacked along their rows, into one matrix (sum of out_i, in)."""
+        ...
+
+    def matrix_nbytes(self, parts: Sequence[tuple[str, tuple[int, int]]]) -> int:
+        """Bytes that load_matrix will hold for parts given as (dtype, (out_i, in))."""
+        ...
+
+    def load_vector(self, tensor: Tensor) -> F32Array:
+        """A norm weight or bias, as float32."""
+        ...
+
+    def allocate_kv_cache(self, spec: KVCacheSpec) -> KVCache:
+        """Reserves the cache. Pages of memory are touched when first written. Raises ConfigError."""
+        ...
+
+    def kv_cache_nbytes(self, spec: KVCacheSpec) -> int: ...
+
+    # ---- ops
+
+    def embedding(self, token_ids: I32Array, weight: Weight, *, out: F32Array | None = None) -> F32Array:
+        """(T,), (V, M) -> (T, M)"""
+        ...
+
+    def linear(
+        self, x: F32Array, weight: Weight, bias: F32Array | None = None, *, out: F32Array | None = None
+    ) -> F32Array:
+        """(T, in), (out, in), (out,) -> (T, out)"""
+        ...
+
+    def rms_norm(self, x: F32Array, weight: F32Array, eps: float, *, out: F32Array | None = None) -> F32Array:
+        """(..., M), (M,) -> (..., M). x may have any strides but a contiguous last axis; out may be x."""
+        ...
+
+    def add_rms_norm(
+        self, residual: F32Array, x: F32Array, weight: F32Array, eps: float, *, out: F32Array | None = None
+    ) -> F32Array:
+        """residual (T, M) += x (T, M), in place; returns rms_norm(residual). Same bits as the two steps apart."""
+        ...
+
+    def layer_norm(
+        self, x: F32Array, weight: F32Array, bias: F32Array, eps: float, *, out: F32Array | None = None
+    ) -> F32Array:
+        """(T, M), (M,), (M,) -> (T, M)"""
+        ...
+
+    def rope(self, q: F32Array, k: F32Array, cos: F32Array, sin: F32Array) -> None:
+        """Rotates q (T, H, D) and k (T, KH, D) in place by the angles of cos, sin (T, R / 2), R <= D.
+
+        Pairs are (i, i + R / 2). q and k may be strided views with a contiguous last axis.
+        """
+        ...
+
+    def silu_mul(self, x: F32Array, *, out: F32Array | None = None) -> F32Array:
+        """(T, 2I) -> (T, I): silu(x[:, :I]) * x[:, I:]"""
+        ...
+
+    def gelu_mul(self, x: F32Array, *, out: F32Array | None = None) -> F32Array:
+        """(T, 2I) -> (T, I): gelu(x[:, :I]) * x[:, I:], the tanh form"""
+        ...
+
+    def gelu(self, x: F32Array, *, out: F32Array | None = None) -> F32Array:
+        """(T, I) -> (T, I): the tanh form of GELU; out may be x"""
+        ...
+
+    def softcap(self, x: F32Array, cap: float) -> None:
+        """x = cap * tanh(x / cap), in place, (T, N)"""
+        ...
+
+    def write_kv(self, k: F32Array, v: F32Array, layer: Any, slot_mapping: I32Array) -> None:
+        """(T, KH, D) x 2 into the slots (T,) of a cache layer, rounded to its dtype. k, v may be strided views."""
+        ...
+
+    def copy_blocks(self, cache: KVCache, pairs: I32Array) -> None:
+        """(n, 2): copies block pairs[i, 0] onto pairs[i, 1] in every layer, in order."""
+        ...
+
+    def paged_attention(
+        self,
+        q: F32Array,
+        layer: Any,
+        batch: Batch,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float = 0.0,
+        out: F32Array | None = None,
+    ) -> tuple[F32Array, F32Array]:
+        """q (T, H, D) against the paged cache -> out (T, H, D), lse (T, H).
+
+        Causal: the query at position p sees keys max(0, p - window + 1) <= j <= p. Query head h reads KV head
+        h // (H // KH). Scores are scale * q.k, then softcap. lse is the natural log of the sum of exp(scores).
+        Partials cover SPLIT_KEYS keys at fixed absolute positions and are merged in ascending order. q may be a
+        strided view.
+        """
+        ...

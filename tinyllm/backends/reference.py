@@ -1,0 +1,228 @@
+"""The definition of every op, in plain numpy: short rather than fast. Other backends are tested against it.
+
+It keeps the same-bits promise too: no BLAS, and each output row is computed by itself from 1-D contiguous arrays,
+so that neither the order of a sum nor numpy's choice of vector loop depends on the other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyllm.backends.base import SPLIT_KEYS, Batch, F32Array, I32Array, KVCacheSpec
+from weights import Tensor
+
+__all__ = ["ReferenceBackend"]
+
+f32 = np.float32
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A matrix as float32 values."""
+
+    values: F32Array  # (out, in)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.values.nbytes)
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One layer's cache: keys and values, (NB, BS, KH, D) each, stored in the cache's dtype."""
+
+    k: NDArray[np.generic]
+    v: NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class PagedKVCache:
+    spec: KVCacheSpec
+    layers: tuple[KVLayer, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
+
+
+_STORAGE: dict[str, type[np.generic]] = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
+
+
+def _to_storage(x: F32Array, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+    """Rounds to nearest even; bfloat16 is kept as the upper 16 bits of a float32. Overflow of f16 gives inf."""
+    if dtype != np.uint16:
+        with np.errstate(over="ignore"):
+            return x.astype(dtype)
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def _from_storage(x: NDArray[np.generic]) -> F32Array:
+    if x.dtype == np.uint16:
+        return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return x.astype(np.float32)
+
+
+def _rows(f: Callable[[F32Array], F32Array], x: F32Array, out: F32Array | None) -> F32Array:
+    """f on each row along the last axis, each as a fresh contiguous array."""
+    flat = [f(np.ascontiguousarray(x[index])) for index in np.ndindex(x.shape[:-1])]
+    result = np.array(flat, dtype=np.float32).reshape(*x.shape[:-1], -1) if flat else np.empty(x.shape, f32)
+    if out is None:
+        return result
+    out[...] = result
+    return out
+
+
+def _gelu(x: F32Array) -> F32Array:
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (arXiv:1606.08415, the approximation)."""
+    inner = f32(0.7978845608028654) * (x + f32(0.044715) * x * x * x)
+    return f32(0.5) * x * (f32(1) + np.tanh(inner))
+
+
+class ReferenceBackend:
+    """Plain numpy."""
+
+    name = "reference"
+
+    def load_matrix(self, tensors: Sequence[Tensor]) -> DenseWeight:
+        return DenseWeight(np.concatenate([t.dequantize() for t in tensors]))
+
+    def matrix_nbytes(self, parts: Sequence[tuple[str, tuple[int, int]]]) -> int:
+        return sum(4 * rows * columns for _, (rows, columns) in parts)
+
+    def load_vector(self, tensor: Tensor) -> F32Array:
+        return tensor.dequantize()
+
+    def allocate_kv_cache(self, spec: KVCacheSpec) -> PagedKVCache:
+        shape = (spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        dtype = _STORAGE[spec.dtype]
+        return PagedKVCache(
+            spec, tuple(KVLayer(np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(spec.num_layers))
+        )
+
+    def kv_cache_nbytes(self, spec: KVCacheSpec) -> int:
+        slots = spec.num_blocks * spec.block_size
+        return 2 * spec.num_layers * slots * spec.num_kv_heads * spec.head_dim * np.dtype(_STORAGE[spec.dtype]).itemsize
+
+    def embedding(self, token_ids: I32Array, weight: DenseWeight, *, out: F32Array | None = None) -> F32Array:
+        return np.take(weight.values, token_ids, axis=0, out=out, mode="raise")
+
+    def linear(
+        self, x: F32Array, weight: DenseWeight, bias: F32Array | None = None, *, out: F32Array | None = None
+    ) -> F32Array:
+        if out is None:
+            out = np.empty((x.shape[0], weight.shape[0]), np.float32)
+        for t in range(x.shape[0]):
+            out[t] = np.sum(weight.values * x[t], axis=1)  # pairwise over k, for each output by itself
+        if bias is not None:
+            out += bias
+        return out
+
+    def rms_norm(self, x: F32Array, weight: F32Array, eps: float, *, out: F32Array | None = None) -> F32Array:
+        def norm(row: F32Array) -> F32Array:
+            return row / np.sqrt(np.mean(row * row) + f32(eps)) * weight
+
+        return _rows(norm, x, out)
+
+    def add_rms_norm(
+        self, residual: F32Array, x: F32Array, weight: F32Array, eps: float, *, out: F32Array | None = None
+    ) -> F32Array:
+        residual += x
+        return self.rms_norm(residual, weight, eps, out=out)
+
+    def layer_norm(
+        self, x: F32Array, weight: F32Array, bias: F32Array, eps: float, *, out: F32Array | None = None
+    ) -> F32Array:
+        def norm(row: F32Array) -> F32Array:
+            centred = row - np.mean(row)
+            return centred / np.sqrt(np.mean(centred * centred) + f32(eps)) * weight + bias
+
+        return _rows(norm, x, out)
+
+    def rope(self, q: F32Array, k: F32Array, cos: F32Array, sin: F32Array) -> None:
+        half = cos.shape[1]
+        for x in (q, k):
+            first, second = x[..., :half].copy(), x[..., half : 2 * half].copy()
+            x[..., :half] = first * cos[:, None] - second * sin[:, None]
+            x[..., half : 2 * half] = second * cos[:, None] + first * sin[:, None]
+
+    def silu_mul(self, x: F32Array, *, out: F32Array | None = None) -> F32Array:
+        def silu_mul(row: F32Array) -> F32Array:
+            gate, up = np.split(row, 2)
+            with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, -0
+                return gate / (f32(1) + np.exp(-gate)) * up
+
+        return _rows(silu_mul, x, out)
+
+    def gelu_mul(self, x: F32Array, *, out: F32Array | None = None) -> F32Array:
+        def gelu_mul(row: F32Array) -> F32Array:
+            gate, up = np.split(row, 2)
+            return _gelu(gate.copy()) * up
+
+        return _rows(gelu_mul, x, out)
+
+    def gelu(self, x: F32Array, *, out: F32Array | None = None) -> F32Array:
+        return _rows(_gelu, x, out)
+
+    def softcap(self, x: F32Array, cap: float) -> None:
+        _rows(lambda row: f32(cap) * np.tanh(row / f32(cap)), x, x)
+
+    def write_kv(self, k: F32Array, v: F32Array, layer: KVLayer, slot_mapping: I32Array) -> None:
+        blocks, offsets = np.divmod(slot_mapping, layer.k.shape[1])
+        layer.k[blocks, offsets] = _to_storage(k, layer.k.dtype)
+        layer.v[blocks, offsets] = _to_storage(v, layer.v.dtype)
+
+    def copy_blocks(self, cache: PagedKVCache, pairs: I32Array) -> None:
+        for src, dst in pairs:
+            for layer in cache.layers:
+                layer.k[dst] = layer.k[src]
+                layer.v[dst] = layer.v[src]
+
+    def paged_attention(
+        self,
+        q: F32Array,
+        layer: KVLayer,
+        batch: Batch,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float = 0.0,
+        out: F32Array | None = None,
+    ) -> tuple[F32Array, F32Array]:
+        T, H, D = q.shape
+        block_size, KH = layer.k.shape[1], layer.k.shape[2]
+        out = np.empty((T, H, D), np.float32) if out is None else out
+        lse = np.empty((T, H), np.float32)
+        for s, seq_len in enumerate(batch.seq_lens):
+            first_row, end_row = batch.cu_seqlens_q[s], batch.cu_seqlens_q[s + 1]
+            for t in range(first_row, end_row):
+                p = int(seq_len) - int(end_row - t)
+                lowest = 0 if window is None else max(0, p - window + 1)
+                for h in range(H):
+                    maximum, total, acc = f32(-np.inf), f32(0), np.zeros(D, np.float32)
+                    for start in range(lowest // SPLIT_KEYS * SPLIT_KEYS, p + 1, SPLIT_KEYS):
+                        keys = np.arange(max(start, lowest), min(start + SPLIT_KEYS, p + 1))
+                        at = (batch.block_tables[s, keys // block_size], keys % block_size, h // (H // KH))
+                        k, v = _from_storage(layer.k[at]), _from_storage(layer.v[at])  # (n, D)
+                        scores = f32(scale) * np.sum(k * np.ascontiguousarray(q[t, h]), axis=1)
+                        if softcap:
+                            scores = f32(softcap) * np.tanh(scores / f32(softcap))
+                        # merge this split into the running softmax (arXiv:1805.02867)
+                        new_maximum = np.maximum(maximum, scores.max())
+                        probs = np.exp(scores - new_maximum)
+                        correction = np.exp(maximum - new_maximum)
+                        total = total * correction + probs.sum()
+                        acc = acc * correction + np.sum((probs[:, None] * v).T.copy(), axis=1)
+                        maximum = new_maximum
+                    out[t, h] = acc / total
+                    lse[t, h] = maximum + np.log(total)
+        return out, lse
