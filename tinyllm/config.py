@@ -65,9 +65,7 @@ class RopeConfig:
         _require(_is_int(self.original_max_position, 1, 1 << 40), "rope original_max_position must be positive")
         if self.freq_divisors is not None:
             _require(len(self.freq_divisors) == self.rotary_dim // 2, "rope_freqs has the wrong length")
-            _require(
-                all(_is_real(d) and d > 0 for d in self.freq_divisors), "rope_freqs must be finite and positive"
-            )
+            _require(all(_is_real(d) and d > 0 for d in self.freq_divisors), "rope_freqs must be finite and positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +82,7 @@ class ModelConfig:
         attention_scale: the factor on q.k before the softmax.
         attention_softcap, logit_softcap: cap * tanh(x / cap); 0 for none.
         embedding_scale: the factor on token embeddings (gemma: sqrt(hidden_size)).
+        qkv_bias, attention_output_bias, mlp_bias: whether those linear layers add a bias.
     """
 
     architecture: str
@@ -105,6 +104,9 @@ class ModelConfig:
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     embedding_scale: float = 1.0
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

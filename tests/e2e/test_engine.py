@@ -1,0 +1,302 @@
+"""The engine over a tiny random model: what a request gets back, and that nothing else changes it by a bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tiny import generate, logits, random_prompt, run_all, tiny_engine
+from tinyllm.engine.sequence import Task
+from tinyllm.errors import InvalidRequestError
+from tinyllm.sampling import SamplingParams
+
+DEVICES = ["reference", "cpu"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_decoding_with_the_cache_equals_recomputing_everything(device: str) -> None:
+    """At each length: the logits of one pass over the whole sequence are those that decoding step by step saw."""
+    seen: list[np.ndarray] = []
+
+    def spy(token_ids: list[int], row: np.ndarray) -> np.ndarray:
+        seen.append(row.copy())
+        return row
+
+    prompt = random_prompt(21)
+    tokens = generate(tiny_engine(device), prompt, temperature=0, max_tokens=40, logits_processors=[spy])
+    whole = logits(tiny_engine(device, max_batch_tokens=128), prompt + tokens)
+    assert np.stack(seen).tobytes() == whole[20:-1].tobytes()
+    assert tokens == whole[20:-1].argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("chunk", [1, 7, 15, 16, 17, 300])
+def test_the_chunk_size_changes_no_bit(device: str, block_size: int, chunk: int) -> None:
+    prompt = random_prompt(290)
+    expected = logits(tiny_engine(device, max_batch_tokens=512), prompt)
+    found = logits(tiny_engine(device, max_batch_tokens=chunk, block_size=block_size), prompt)
+    assert found.tobytes() == expected.tobytes()
+
+
+def collect(engine: Any, requests: dict[str, tuple[list[int], dict[str, Any]]]) -> dict[str, list[list[int]]]:
+    for name, (prompt, params) in requests.items():
+        engine.add_request(name, prompt, SamplingParams(**params))
+    return {name: [o.token_ids for o in output.outputs] for name, output in run_all(engine).items()}
+
+
+def mixed_requests(count: int) -> dict[str, tuple[list[int], dict[str, Any]]]:
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 1.3, "seed": 5},
+        {"temperature": 0.8, "top_k": 9, "n": 3},
+        {"top_p": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
+        {"min_p": 0.1, "logit_bias": {3: 2.0}, "n": 2, "seed": 9},
+    ]
+    return {
+        f"r{i}": (random_prompt(1 + 13 * i % 90, seed=i), {"max_tokens": 1 + 7 * i % 40, **kinds[i % len(kinds)]})
+        for i in range(count)
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_batch_tokens": 512, "num_blocks": 400},
+        {"max_batch_tokens": 5, "num_blocks": 400},
+        {"max_batch_tokens": 33, "num_blocks": 9, "max_num_seqs": 8},  # preempts often
+        {"max_batch_tokens": 64, "num_blocks": 40, "block_size": 32, "kv_dtype": "f32", "max_num_seqs": 3},
+    ],
+)
+def test_neighbours_chunks_preemption_and_forks_change_no_token(device: str, options: dict[str, Any]) -> None:
+    requests = mixed_requests(12)
+    alone = {}
+    for name, request in requests.items():
+        alone |= collect(tiny_engine(device, max_batch_tokens=512), {name: request})
+    engine = tiny_engine(device, **options)
+    assert collect(engine, requests) == alone
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_small_cache_really_preempts_and_copies_on_write(device: str) -> None:
+    """The cases that the test above means to cover do happen in it."""
+    engine = tiny_engine(device, max_batch_tokens=33, num_blocks=9, max_num_seqs=8)
+    preempted, copies = 0, 0
+    schedule = engine.scheduler.schedule
+
+    def counted() -> Any:
+        nonlocal preempted, copies
+        output = schedule()
+        preempted += len(output.preempted)
+        copies += len(output.copies)
+        return output
+
+    engine.scheduler.schedule = counted  # type: ignore[method-assign]
+    collect(engine, mixed_requests(12))
+    assert preempted > 3
+    assert copies > 3
+
+
+def test_aborting_neighbours_changes_nothing_and_frees_their_blocks() -> None:
+    requests = mixed_requests(9)
+    alone = collect(tiny_engine(max_batch_tokens=512), {"r3": requests["r3"]})
+    engine = tiny_engine(max_batch_tokens=40)
+    for name, (prompt, params) in requests.items():
+        engine.add_request(name, prompt, SamplingParams(**params))
+    done: dict[str, Any] = {}
+    for victim in [name for name in requests if name != "r3"]:
+        result = engine.step()
+        done |= {o.request_id: o for o in result.finished}
+        output = engine.abort(victim)
+        if victim not in done:
+            assert output is not None
+            assert {o.finish_reason for o in output.outputs} <= {"abort", "stop", "length"}
+    assert engine.abort("nobody") is None
+    done |= run_all(engine)
+    assert [o.token_ids for o in done["r3"].outputs] == alone["r3"]
+
+
+def test_the_first_of_n_is_what_n_1_gives_and_the_others_differ() -> None:
+    prompt = random_prompt(18)
+    one = generate(tiny_engine(), prompt, max_tokens=20)
+    engine = tiny_engine()
+    engine.add_request("n", prompt, SamplingParams(n=4, max_tokens=20))
+    outputs = run_all(engine)["n"].outputs
+    assert [o.index for o in outputs] == [0, 1, 2, 3]
+    assert outputs[0].token_ids == one
+    assert len({tuple(o.token_ids) for o in outputs}) == 4
+
+
+def test_n_sequences_share_the_prompts_blocks() -> None:
+    engine = tiny_engine(max_batch_tokens=256)
+    engine.add_request("n", random_prompt(160), SamplingParams(n=4, max_tokens=3))
+    engine.step()
+    engine.step()
+    assert engine.block_manager.num_blocks - engine.block_manager.num_free_blocks == 10 + 4
+
+
+@pytest.mark.parametrize(
+    ("eos", "params", "reason", "stop_reason"),
+    [
+        (True, {}, "stop", None),
+        (True, {"ignore_eos": True}, "length", None),
+        (False, {"stop_token": True}, "stop", "token"),
+        (True, {"min_tokens": 12}, "length", None),
+    ],
+)
+def test_end_tokens(eos: bool, params: dict[str, Any], reason: str, stop_reason: str | None) -> None:
+    prompt = random_prompt(9)
+    free = generate(tiny_engine(), prompt, temperature=0, max_tokens=12)
+    end = next(t for i, t in enumerate(free) if i >= 3 and t not in free[:i])
+    at = free.index(end)
+    options = {"temperature": 0, "max_tokens": 12} | {k: v for k, v in params.items() if k != "stop_token"}
+    if params.get("stop_token"):
+        options["stop_token_ids"] = [end]
+    engine = tiny_engine(eos=(end,) if eos else ())
+    engine.add_request("only", prompt, SamplingParams(**options))
+    output = run_all(engine)["only"].outputs[0]
+    assert output.finish_reason == reason
+    assert output.stop_reason == (end if stop_reason else None)
+    if reason == "stop":
+        assert output.token_ids == free[: at + 1]
+    elif "min_tokens" in params:
+        assert len(output.token_ids) == 12
+        assert end not in output.token_ids[:-1]
+    else:
+        assert output.token_ids == free
+
+
+def test_generation_ends_at_the_models_context_and_at_the_caches_end() -> None:
+    engine = tiny_engine(max_model_len=40)
+    assert len(generate(engine, random_prompt(30), max_tokens=500)) == 10
+    engine = tiny_engine(num_blocks=3)
+    assert len(generate(engine, random_prompt(30), max_tokens=500)) == 18
+
+
+def test_logprobs_and_prompt_logprobs_are_those_of_the_logits() -> None:
+    prompt = random_prompt(25)
+    engine = tiny_engine(max_batch_tokens=6)
+    engine.add_request(
+        "only", prompt, SamplingParams(max_tokens=8, logprobs=2, prompt_logprobs=1, temperature=0.7, seed=3)
+    )
+    output = run_all(engine)["only"]
+    completion = output.outputs[0]
+    rows = logits(tiny_engine(), prompt + completion.token_ids).astype(np.float64)
+    expected = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    for position, entry in enumerate(output.prompt_logprobs[1:]):
+        assert entry is not None
+        assert prompt[position + 1] in entry
+        assert int(rows[position].argmax()) in entry
+        for token, found in entry.items():
+            assert found.logprob == pytest.approx(expected[position, token], abs=1e-5)
+            assert found.rank == 1 + (rows[position] > rows[position, token]).sum()
+    assert completion.logprobs is not None
+    total = 0.0
+    for step, (token, entry) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+        assert set(rows[24 + step].argsort()[-2:]) <= set(entry)
+        assert entry[token].logprob == pytest.approx(expected[24 + step, token], abs=1e-5)
+        total += entry[token].logprob
+    assert completion.cumulative_logprob == pytest.approx(total)
+
+
+def test_prompt_logprobs_survive_preemption_without_repeats() -> None:
+    def outputs(**options: Any) -> Any:
+        engine = tiny_engine(**options)
+        for i in range(4):
+            engine.add_request(str(i), random_prompt(40, i), SamplingParams(prompt_logprobs=0, max_tokens=40, seed=i))
+        return {name: output.prompt_logprobs for name, output in run_all(engine).items()}
+
+    assert outputs(num_blocks=6, max_batch_tokens=20) == outputs(num_blocks=64)
+
+
+def test_embedding_rows_do_not_depend_on_chunks() -> None:
+    def rows(**options: Any) -> bytes:
+        engine = tiny_engine(**options)
+        engine.add_request("e", random_prompt(70), SamplingParams(), task=Task.EMBED)
+        found = run_all(engine)["e"].rows
+        assert found is not None
+        assert found.shape == (70, 32)
+        return found.tobytes()
+
+    assert rows(max_batch_tokens=9) == rows(max_batch_tokens=128)
+
+
+BAD_IDS: list[Any] = [-1, 61, 2**31, 1.5, True, float("nan"), "5", None]
+
+
+@pytest.mark.parametrize("bad", BAD_IDS)
+def test_a_bad_token_id_is_named_and_others_go_on(bad: Any) -> None:
+    engine = tiny_engine()
+    engine.add_request("good", [1, 2, 3], SamplingParams(max_tokens=5))
+    with pytest.raises(InvalidRequestError, match="a prompt token id must be an integer from 0 to 60"):
+        engine.add_request("bad", [1, bad, 3], SamplingParams())
+    assert list(run_all(engine)) == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([1] * 200, {}, "the prompt has 200 tokens and needs room for one more; the model's context holds 128"),
+        ([1] * 64, {}, "the whole KV cache holds 64"),
+        ([1], {"n": 300}, "n is 300, but at most 256"),
+        ([1], {"stop": "x"}, "stop strings need a tokenizer"),
+        ([1], {"logprobs": 62}, "logprobs must be an integer from 0 to 61"),
+        ([1], {"logit_bias": {61: 1.0}}, "logit_bias"),
+        ([1], {"stop_token_ids": [61]}, "a stop token id"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused(prompt: list[int], params: dict[str, Any], message: str) -> None:
+    engine = tiny_engine(num_blocks=4, max_model_len=128)
+    with pytest.raises(InvalidRequestError, match=message):
+        engine.add_request("bad", prompt, SamplingParams(**params))
+    assert not engine.has_unfinished_requests()
+
+
+def test_a_request_id_cannot_be_used_twice_at_once() -> None:
+    engine = tiny_engine()
+    engine.add_request("a", [1], SamplingParams())
+    with pytest.raises(InvalidRequestError, match="already running"):
+        engine.add_request("a", [1], SamplingParams())
+
+
+def test_a_failing_processor_ends_its_request_alone() -> None:
+    def fails_later(token_ids: list[int], row: np.ndarray) -> np.ndarray:
+        if len(token_ids) > 6:
+            raise ZeroDivisionError("oh\nno")
+        return row
+
+    alone = generate(tiny_engine(), [4, 5], max_tokens=12)
+    engine = tiny_engine()
+    engine.add_request("good", [4, 5], SamplingParams(max_tokens=12))
+    engine.add_request("bad", [1, 2, 3], SamplingParams(n=2, logits_processors=[fails_later], max_tokens=12))
+    done = run_all(engine)
+    assert done["good"].outputs[0].token_ids == alone
+    assert done["bad"].error == "a logits processor failed: ZeroDivisionError: oh no"
+    assert {o.finish_reason for o in done["bad"].outputs} == {"error"}
+
+
+def test_waste_is_under_4_percent_beyond_the_last_partial_blocks() -> None:
+    """At every step: slots allocated, less those of each sequence's last block, are all in use."""
+    engine = tiny_engine(num_blocks=300, max_batch_tokens=48)
+    for name, (prompt, params) in mixed_requests(40).items():
+        engine.add_request(name, prompt, SamplingParams(**params))
+    worst = 0.0
+    while engine.has_unfinished_requests():
+        engine.step()
+        sequences = engine.scheduler.running
+        held = {block for s in sequences for block in s.block_table}
+        last = {s.block_table[-1] for s in sequences}
+        full = (held - last) if sequences else set()
+        used = sum(
+            min(16, s.num_computed_tokens - 16 * i) for s in sequences for i, b in enumerate(s.block_table) if b in full
+        )
+        named = sum(1 for s in sequences for b in s.block_table if b in full)
+        if full:
+            worst = max(worst, 1 - used / (16 * named))
+    assert worst < 0.04

@@ -1,0 +1,96 @@
+"""The layers' import directions, held by reading every file's syntax tree, and what `import tinyllm` must not load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Each layer may import itself and the layers named after it.
+ALLOWED = {
+    "tinyllm.cli": {"llm", "hub", "plan", "engine", "models", "backends", "weights", "base"},
+    "tinyllm.llm": {"hub", "plan", "engine", "models", "backends", "weights", "base"},
+    "tinyllm.plan": {"engine", "models", "backends", "weights", "base"},
+    "tinyllm.engine": {"models", "backends", "base"},
+    "tinyllm.models": {"backends", "weights", "base"},
+    "tinyllm.backends": {"weights", "cuda_kernels", "base"},
+    "tinyllm.hub": {"base"},
+    "tinyllm.base": {"base"},
+    "weights": set(),
+    "cuda_kernels": set(),
+}
+LAYERS = ("cli", "llm", "hub", "plan", "engine", "models", "backends")
+BOOKKEEPING = ("sequence", "block_manager", "scheduler", "batch")  # testable with no model
+
+
+def layer_of(module: str) -> str:
+    """The layer of a dotted module name; tinyllm's small shared modules (config, errors, ...) are "base"."""
+    parts = module.split(".")
+    if parts[0] != "tinyllm":
+        return parts[0]
+    return f"tinyllm.{parts[1]}" if len(parts) > 1 and parts[1] in LAYERS else "tinyllm.base"
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, inside functions too, but not those for type checking alone."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and isinstance(branch.test, ast.Name) and branch.test.id == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    paths = [p for package in ("tinyllm", "weights", "cuda_kernels") for p in (ROOT / package).rglob("*.py")]
+    assert len(paths) > 30
+    return [(".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), p) for p in paths]
+
+
+def test_imports_follow_the_layers() -> None:
+    wrong = []
+    for module, path in modules():
+        if module in ("tinyllm", "tinyllm.__main__"):
+            continue
+        layer = layer_of(module)
+        for imported in imports_of(path):
+            if imported.split(".")[0] not in ("tinyllm", "weights", "cuda_kernels") or imported == "tinyllm":
+                continue
+            target = layer_of(imported)
+            if target != layer and target.removeprefix("tinyllm.") not in ALLOWED[layer]:
+                wrong.append(f"{module} imports {imported}")
+    assert not wrong
+
+
+def test_the_engines_bookkeeping_needs_no_model_and_no_backend() -> None:
+    for name in BOOKKEEPING:
+        for imported in imports_of(ROOT / "tinyllm" / "engine" / f"{name}.py"):
+            assert not imported.startswith("tinyllm.models"), f"{name} imports {imported}"
+            if imported.startswith("tinyllm.backends"):
+                assert imported in ("tinyllm.backends.base", "tinyllm.backends.base.Batch")
+            assert imported.split(".")[0] not in ("numba", "tokenizers", "weights")
+
+
+def test_import_tinyllm_is_light() -> None:
+    code = (
+        "import sys, tinyllm; tinyllm.SamplingParams\n"
+        "heavy = {'numba', 'cupy', 'tokenizers', 'jinja2', 'huggingface_hub', 'rich', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

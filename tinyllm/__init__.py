@@ -1,0 +1,63 @@
+"""tinyllm: a self-contained GPT decoder runtime. The same request gives the same bits, however it is scheduled.
+
+>>> from tinyllm import LLM, SamplingParams
+>>> llm = LLM("smollm2-135m-instruct")
+>>> llm.generate("Once upon a time", SamplingParams(temperature=0))[0].outputs[0].text
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinyllm.errors import (
+        ConfigError as ConfigError,
+        DeviceError as DeviceError,
+        DownloadError as DownloadError,
+        InvalidRequestError as InvalidRequestError,
+        ModelFileError as ModelFileError,
+        ModelNotFoundError as ModelNotFoundError,
+        TinyLLMError as TinyLLMError,
+        TokenizerError as TokenizerError,
+    )
+    from tinyllm.llm import LLM as LLM
+    from tinyllm.outputs import (
+        CompletionOutput as CompletionOutput,
+        Logprob as Logprob,
+        RequestOutput as RequestOutput,
+        ScoreOutput as ScoreOutput,
+        StreamChunk as StreamChunk,
+    )
+    from tinyllm.sampling_params import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_ERRORS = (
+    "ConfigError",
+    "DeviceError",
+    "DownloadError",
+    "InvalidRequestError",
+    "ModelFileError",
+    "ModelNotFoundError",
+    "TinyLLMError",
+    "TokenizerError",
+)
+_OUTPUTS = ("CompletionOutput", "Logprob", "RequestOutput", "ScoreOutput", "StreamChunk")
+_MODULES = {
+    "LLM": "tinyllm.llm",
+    "SamplingParams": "tinyllm.sampling_params",
+    **dict.fromkeys(_ERRORS, "tinyllm.errors"),
+    **dict.fromkeys(_OUTPUTS, "tinyllm.outputs"),
+}
+
+__all__ = [*_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: `import tinyllm` alone loads neither numba nor tokenizers."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,289 @@
+"""LLM: text or token ids in, text and numpy arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyllm.backends import create_backend
+from tinyllm.config import EngineConfig
+from tinyllm.engine.llm_engine import LLMEngine
+from tinyllm.engine.sequence import Task
+from tinyllm.engine.text import TextDecoder
+from tinyllm.errors import InvalidRequestError, ModelFileError
+from tinyllm.hub import resolve
+from tinyllm.models.registry import load_model, model_config
+from tinyllm.outputs import RequestOutput, ScoreOutput, StreamChunk
+from tinyllm.plan import plan_memory
+from tinyllm.sampling_params import SamplingParams
+from tinyllm.tokenizer import Tokenizer
+from weights import Checkpoint, WeightsError, open_checkpoint
+
+__all__ = ["LLM", "Messages", "Prompt"]
+
+Prompt = str | Sequence[int] | NDArray[np.integer]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model, loaded and ready.
+
+    Args:
+        model: a registered name, a `.gguf` file, a Hugging Face folder, or a hub id "org/name".
+        on_event: receives one-line notices, such as that kernels are being compiled; they are dropped by default.
+        **engine_options: the fields of EngineConfig: max_batch_tokens, block_size, num_blocks, kv_dtype, device, ...
+
+    Attributes:
+        config: the model's shape (ModelConfig).
+        engine_config: how it runs (EngineConfig).
+        tokenizer: None if the model has none; it then serves token ids only.
+        memory: what the weights, the KV cache and the workspace take, in bytes (MemoryPlan).
+
+    Raises:
+        ModelNotFoundError, DownloadError: there is no such model, or it cannot be fetched.
+        ModelFileError, ConfigError, TokenizerError: its files are damaged or not supported.
+        DeviceError: the device is unknown or absent.
+    """
+
+    def __init__(
+        self, model: str | Path, *, on_event: Callable[[str], None] | None = None, **engine_options: Any
+    ) -> None:
+        self.engine_config = EngineConfig.from_options(engine_options)
+        backend = create_backend(self.engine_config.device, self.engine_config.num_threads, on_event=on_event)
+        checkpoint = open_model(model)
+        try:
+            self.config = model_config(checkpoint)
+            self.tokenizer = load_tokenizer(checkpoint)
+            self.memory = plan_memory(checkpoint, self.config, self.engine_config, backend)
+            loaded = load_model(checkpoint, self.config, backend)
+        except WeightsError as error:
+            raise ModelFileError(str(error)) from error
+        finally:
+            checkpoint.close()
+        tokenizer = self.tokenizer
+        eos = {*self.config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
+        self.engine = LLMEngine(
+            loaded,
+            self.engine_config,
+            self.memory.kv_cache_spec,
+            eos_token_ids=sorted(token for token in eos if token < self.config.vocab_size),
+            make_decoder=None if tokenizer is None else _decoder_factory(tokenizer),
+            token_text=None if tokenizer is None else tokenizer.token_text,
+        )
+        self._next_id = 0
+        self._inbox: dict[str, list[StreamChunk | RequestOutput]] = {}
+
+    # ---- generation
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_finish: Callable[[RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Continues each prompt, all of them together in one batch.
+
+        Args:
+            prompts: one prompt or a list of them; a prompt is a string, or the token ids themselves.
+            sampling_params: one for all, or one for each.
+            on_finish: called with each output as it becomes ready, in whatever order they do.
+
+        Returns:
+            One RequestOutput a prompt, in the order of the prompts.
+
+        Raises:
+            InvalidRequestError: some prompt or parameter cannot be served; it is named, and nothing was started.
+        """
+        items = _as_prompts(prompts)
+        params = _as_params(sampling_params, len(items))
+        return self._run(items, params, Task.GENERATE, on_finish)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+        """Continues one prompt, yielding text as it is made; with n > 1 the continuations' chunks interleave.
+
+        Leaving the iterator early aborts the request. Raises InvalidRequestError, at once or when a processor fails.
+        """
+        params = sampling_params or SamplingParams()
+        self.engine.check_request(self.encode(prompt), params)
+        return self._chunks(prompt, params)
+
+    def chat(self, messages: Messages, sampling_params: SamplingParams | None = None) -> RequestOutput:
+        """Answers a conversation: a list of {"role": ..., "content": ...}, put in words by the model's template."""
+        return self.generate([self._chat_prompt(messages)], sampling_params)[0]
+
+    def stream_chat(self, messages: Messages, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+        """The same, yielding text as it is made."""
+        return self.stream(self._chat_prompt(messages), sampling_params)
+
+    # ---- numbers
+
+    def score(self, prompt: Prompt) -> ScoreOutput:
+        """How likely a text of at least two tokens is: log-probabilities (T - 1,) in nats, and perplexity."""
+        token_ids = self.encode(prompt)
+        if len(token_ids) < 2:
+            raise InvalidRequestError("a text to score needs at least two tokens")
+        params = SamplingParams(prompt_logprobs=0)
+        output = self._run([token_ids], [params], Task.SCORE)[0]
+        assert output.prompt_logprobs is not None
+        logprobs = np.array(
+            [entry[token].logprob for token, entry in zip(token_ids, output.prompt_logprobs, strict=True) if entry],
+            np.float64,
+        )
+        texts = None if self.tokenizer is None else [self.tokenizer.token_text(token) for token in token_ids]
+        return ScoreOutput(token_ids, texts, logprobs.astype(np.float32), float(np.exp(-logprobs.mean())))
+
+    def logits(self, prompt: Prompt) -> NDArray[np.float32]:
+        """The logits (T, V) at each position of the prompt; row i is about the token after token i."""
+        return self._rows([prompt], Task.LOGITS)[0]
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, normalize: bool = True) -> NDArray[np.float32]:
+        """One vector a prompt (N, M): the mean of its final hidden states, of length 1 if `normalize`."""
+        means = np.stack([rows.mean(axis=0, dtype=np.float64) for rows in self._rows(_as_prompts(prompts), Task.EMBED)])
+        if normalize:
+            means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        return means.astype(np.float32)
+
+    # ---- text
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt; ids pass through unchecked. Raises InvalidRequestError."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequestError("this model has no tokenizer: pass token ids")
+            return self.tokenizer.encode(prompt)
+        if isinstance(prompt, np.ndarray):
+            if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
+                raise InvalidRequestError(f"token ids must be a 1-D integer array, not {prompt.dtype} {prompt.shape}")
+            return prompt.tolist()  # type: ignore[no-any-return]
+        if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+            return list(prompt)
+        raise InvalidRequestError(f"a prompt must be a string or a list of token ids, not {type(prompt).__name__}")
+
+    def _chat_prompt(self, messages: Messages) -> list[int]:
+        if self.tokenizer is None:
+            raise InvalidRequestError("this model has no tokenizer, so it cannot chat")
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    # ---- the engine's loop
+
+    def _add(self, prompt: Prompt, params: SamplingParams, task: Task) -> str:
+        self._next_id += 1
+        request_id = str(self._next_id)
+        text = prompt if isinstance(prompt, str) else None
+        self.engine.add_request(request_id, self.encode(prompt), params, prompt=text, task=task)
+        self._inbox[request_id] = []
+        return request_id
+
+    def _step(self) -> None:
+        """One step of the engine; what it brings goes to whoever waits for it: several iterators may be open."""
+        result = self.engine.step()
+        for request_id, chunk in result.chunks:
+            self._inbox[request_id].append(chunk)
+        for output in result.finished:
+            self._inbox[output.request_id].append(output)
+
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        task: Task,
+        on_finish: Callable[[RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Runs requests to their end; whatever interrupts them, none of them stays behind in the engine."""
+        encoded: list[list[int]] = []
+        for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                encoded.append(self.engine.check_request(self.encode(prompt), one, task))
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"prompt {index}: {error}" if len(prompts) > 1 else str(error)) from None
+        outputs: dict[str, RequestOutput] = {}
+        ids: list[str] = []
+        try:
+            for prompt, token_ids, one in zip(prompts, encoded, params, strict=True):
+                ids.append(self._add(token_ids, one, task))
+                self.engine.requests[ids[-1]].prompt = prompt if isinstance(prompt, str) else None
+            waiting = set(ids)
+            while waiting:
+                self._step()
+                for request_id in sorted(waiting, key=int):
+                    output = next((o for o in self._inbox[request_id] if isinstance(o, RequestOutput)), None)
+                    self._inbox[request_id].clear()
+                    if output is not None:
+                        outputs[request_id] = output
+                        waiting.remove(request_id)
+                        if on_finish is not None:
+                            on_finish(output)
+        finally:
+            for request_id in ids:
+                self._drop(request_id)
+        return [outputs[request_id] for request_id in ids]
+
+    def _chunks(self, prompt: Prompt, params: SamplingParams) -> Iterator[StreamChunk]:
+        request_id = self._add(prompt, params, Task.GENERATE)
+        try:
+            while True:
+                inbox, self._inbox[request_id] = self._inbox[request_id], []
+                for item in inbox:
+                    if isinstance(item, StreamChunk):
+                        yield item
+                    elif item.error is not None:
+                        raise InvalidRequestError(item.error)
+                    else:
+                        return
+                if not inbox:
+                    self._step()
+        finally:
+            self._drop(request_id)
+
+    def _drop(self, request_id: str) -> None:
+        self.engine.abort(request_id)
+        self._inbox.pop(request_id, None)
+
+    def _rows(self, prompts: Sequence[Prompt], task: Task) -> list[NDArray[np.float32]]:
+        outputs = self._run(prompts, [SamplingParams()] * len(prompts), task)
+        return [output.rows for output in outputs if output.rows is not None]
+
+
+def open_model(model: str | Path) -> Checkpoint:
+    """Opens the files of a model named in any of the ways that LLM takes. Raises ModelFileError."""
+    path = resolve(str(model))
+    try:
+        return open_checkpoint(path)
+    except WeightsError as error:
+        raise ModelFileError(str(error)) from error
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The checkpoint's tokenizer, or None if it has none. Raises TokenizerError."""
+    if checkpoint.kind == "gguf":
+        return Tokenizer.from_gguf(checkpoint.metadata)
+    return Tokenizer.from_folder(checkpoint.path)
+
+
+def _decoder_factory(tokenizer: Tokenizer) -> Callable[[bool], TextDecoder]:
+    return lambda skip: tokenizer.stream_decoder(skip_special_tokens=skip)
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or a list of them, as a list. A list whose first item is not a string or list is one prompt."""
+    if isinstance(prompts, (str, np.ndarray)):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
+        raise InvalidRequestError(f"prompts must be a string or a list, not {type(prompts).__name__}")
+    if len(prompts) and not isinstance(prompts[0], (str, Sequence, np.ndarray)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidRequestError(f"{len(params)} sampling parameters for {count} prompts")
+    return list(params)
