@@ -32,6 +32,26 @@ def test_decoding_with_the_cache_equals_recomputing_everything(device: str) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("length", [13, 16, 37])
+def test_each_fork_saw_the_logits_of_its_own_tokens(device: str, length: int) -> None:
+    """Forks write beside each other in shared blocks: what each of them saw is what it sees when it runs alone."""
+    seen: dict[tuple[int, ...], bytes] = {}
+
+    def spy(token_ids: list[int], row: np.ndarray) -> np.ndarray:
+        assert seen.setdefault(tuple(token_ids), row.tobytes()) == row.tobytes()
+        return row
+
+    prompt = random_prompt(length)
+    engine = tiny_engine(device)
+    engine.add_request("n", prompt, SamplingParams(n=4, max_tokens=20, logits_processors=[spy]))
+    for output in run_all(engine)["n"].outputs:
+        tokens = prompt + output.token_ids
+        whole = logits(tiny_engine(device, max_batch_tokens=128), tokens)
+        for end in range(length, len(tokens)):
+            assert seen[tuple(tokens[:end])] == whole[end - 1].tobytes()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("chunk", [1, 7, 15, 16, 17, 300])
 def test_the_chunk_size_changes_no_bit(device: str, block_size: int, chunk: int) -> None:

@@ -1,0 +1,17 @@
+"""What tests of every tier share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, pulled on first use. A test that needs it fails where it cannot be had."""
+    from tinyllm.hub import resolve
+
+    return resolve("smollm2-135m-instruct")
