@@ -1,4 +1,4 @@
-"""One named tensor of a checkpoint: a shape, a storage format, and the bytes where they lie (usually a mmap)."""
+"""One named tensor of a checkpoint: shape, storage format, and the bytes where they lie (usually a mmap)."""
 
 from __future__ import annotations
 
@@ -50,14 +50,15 @@ class Tensor:
         return replace(self, name=name)
 
     def take_rows(self, order: NDArray[np.intp] | slice) -> Tensor:
-        """Rows of a 2-D tensor picked or reordered by `order`; a slice stays a view, an index array copies."""
+        """Rows of a 2-D tensor picked or reordered by `order`; a slice gives a view, an index array a copy."""
         assert len(self.shape) == 2
         rows = self.rows()[order]
         return replace(self, shape=(rows.shape[0], self.shape[1]), data=rows.reshape(-1))
 
     def transposed(self) -> Tensor:
         """A 2-D tensor of an unquantised format with its axes swapped; a copy."""
-        assert len(self.shape) == 2 and FORMATS[self.dtype].block_size == 1
+        assert len(self.shape) == 2
+        assert FORMATS[self.dtype].block_size == 1
         item = FORMATS[self.dtype].block_nbytes
         values = self.data.reshape(self.shape[0], self.shape[1], item)
         data = np.ascontiguousarray(values.transpose(1, 0, 2)).reshape(-1)
