@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,9 +159,9 @@ class LLM:
         if isinstance(prompt, np.ndarray):
             if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
                 raise InvalidRequestError(f"token ids must be a 1-D integer array, not {prompt.dtype} {prompt.shape}")
-            return prompt.tolist()  # type: ignore[no-any-return]
+            return prompt.tolist()
         if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
-            return list(prompt)
+            return list(cast("Sequence[int]", prompt))
         raise InvalidRequestError(f"a prompt must be a string or a list of token ids, not {type(prompt).__name__}")
 
     def _chat_prompt(self, messages: Messages) -> list[int]:

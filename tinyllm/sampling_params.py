@@ -86,7 +86,7 @@ def _as_sequence(value: object, name: str) -> Sequence[Any]:
     if value is None:
         return ()
     if isinstance(value, np.ndarray) and value.ndim == 1:
-        return value.tolist()  # type: ignore[no-any-return]
+        return value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
         return value
     raise InvalidRequestError(f"{name} must be a list, not {_short(value)}")

@@ -55,7 +55,8 @@ class Batch:
 class Weight(Protocol):
     """A matrix (out, in) in the backend's own packed form, quantised as its file had it."""
 
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
     @property
     def nbytes(self) -> int: ...
@@ -79,15 +80,18 @@ class KVCache(Protocol):
     The layout inside a layer is the backend's own; a block is one index of the first axis of its arrays.
     """
 
-    spec: KVCacheSpec
-    layers: Sequence[Any]
+    @property
+    def spec(self) -> KVCacheSpec: ...
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
 
     @property
     def nbytes(self) -> int: ...
 
 
 class Backend(Protocol):
-    """One device's implementation of the ops."""
+    """One device's implementation of the ops. Weights and caches are those that the same backend made."""
 
     name: str
 
@@ -111,14 +115,20 @@ class Backend(Protocol):
 
     def kv_cache_nbytes(self, spec: KVCacheSpec) -> int: ...
 
+    def workspace_nbytes(
+        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
+    ) -> int:
+        """The most scratch memory that ops of these sizes hold; max_context: columns of block_tables in tokens."""
+        ...
+
     # ---- ops
 
-    def embedding(self, token_ids: I32Array, weight: Weight, *, out: F32Array | None = None) -> F32Array:
+    def embedding(self, token_ids: I32Array, weight: Any, *, out: F32Array | None = None) -> F32Array:
         """(T,), (V, M) -> (T, M)"""
         ...
 
     def linear(
-        self, x: F32Array, weight: Weight, bias: F32Array | None = None, *, out: F32Array | None = None
+        self, x: F32Array, weight: Any, bias: F32Array | None = None, *, out: F32Array | None = None
     ) -> F32Array:
         """(T, in), (out, in), (out,) -> (T, out)"""
         ...
@@ -166,7 +176,7 @@ class Backend(Protocol):
         """(T, KH, D) x 2 into the slots (T,) of a cache layer, rounded to its dtype. k, v may be strided views."""
         ...
 
-    def copy_blocks(self, cache: KVCache, pairs: I32Array) -> None:
+    def copy_blocks(self, cache: Any, pairs: I32Array) -> None:
         """(n, 2): copies block pairs[i, 0] onto pairs[i, 1] in every layer, in order."""
         ...
 

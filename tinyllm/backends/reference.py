@@ -113,6 +113,11 @@ class ReferenceBackend:
         slots = spec.num_blocks * spec.block_size
         return 2 * spec.num_layers * slots * spec.num_kv_heads * spec.head_dim * np.dtype(_STORAGE[spec.dtype]).itemsize
 
+    def workspace_nbytes(
+        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
+    ) -> int:
+        return 0  # numpy's temporaries are not reserved
+
     def embedding(self, token_ids: I32Array, weight: DenseWeight, *, out: F32Array | None = None) -> F32Array:
         return np.take(weight.values, token_ids, axis=0, out=out, mode="raise")
 
