@@ -1,0 +1,78 @@
+"""The workspace: sized exactly, and nothing else allocated in a step."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from tests.models.harness import ALL, build_batch, load_fixture
+from tinyllm.backends.base import KVCacheSpec
+from tinyllm.models.workspace import Workspace, workspace_shapes
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_buffers_are_those_announced(name: str) -> None:
+    config = load_fixture(name, "huggingface", "reference").config
+    workspace = Workspace.allocate(config, 9, 4)
+    shapes = workspace_shapes(config, 9, 4)
+    assert {key: buffer.shape for key, buffer in workspace.buffers.items()} == shapes
+    assert all(buffer.dtype == np.float32 for buffer in workspace.buffers.values())
+    assert workspace.nbytes == Workspace.size_of(config, 9, 4) == 4 * sum(int(np.prod(s)) for s in shapes.values())
+    assert (workspace.max_tokens, workspace.max_logits_rows) == (9, 4)
+    assert workspace.logits(3).shape == (3, config.vocab_size)
+
+
+def test_activations_are_views_of_the_first_rows() -> None:
+    config = load_fixture("gemma3", "huggingface", "reference").config
+    workspace = Workspace.allocate(config, 9, 4)
+    a = workspace.activations(5)
+    assert (a.q.shape, a.k.shape, a.v.shape) == ((5, 2, 8), (5, 1, 8), (5, 1, 8))
+    a.qkv[:] = np.arange(5 * 32, dtype=np.float32).reshape(5, 32)
+    np.testing.assert_array_equal(a.q[3].ravel(), a.qkv[3, :16])
+    np.testing.assert_array_equal(a.k[3].ravel(), a.qkv[3, 16:24])
+    np.testing.assert_array_equal(a.v[3].ravel(), a.qkv[3, 24:])
+    for view in (a.residual, a.normed, a.branch, a.q, a.k, a.v, a.heads, a.gate_up, a.mlp):
+        assert view.shape[0] == 5
+        assert any(np.shares_memory(view, buffer) for buffer in workspace.buffers.values())
+    assert np.shares_memory(a.heads, a.attention)
+    assert a.rotation is not None
+    assert a.local_rotation is not None
+
+
+def test_more_than_was_reserved_is_a_programming_error() -> None:
+    workspace = Workspace.allocate(load_fixture("llama", "huggingface", "reference").config, 9, 4)
+    with pytest.raises(AssertionError):
+        workspace.activations(10)
+    with pytest.raises(AssertionError):
+        workspace.logits(5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_cpu_backend_s_steps_allocate_next_to_nothing(name: str) -> None:
+    """Past the first step, memory grows by less than a tenth of one step's activations."""
+    model = load_fixture(name, "huggingface", "cpu")
+    config = model.config
+    T = min(config.max_position, 64)
+    spec = KVCacheSpec(
+        num_layers=config.num_layers,
+        num_blocks=4,
+        block_size=16,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype="f32",
+    )
+    cache, workspace = model.backend.allocate_kv_cache(spec), Workspace.allocate(config, T, T)
+    batch = build_batch([(0, T)], [0], [[1] * T], np.arange(4, dtype=np.int32)[None], 16)
+    model.compute_logits(model.forward(batch, cache, workspace), workspace)
+    tracemalloc.start()
+    try:
+        hidden = model.forward(batch, cache, workspace)
+        logits = model.compute_logits(hidden, workspace)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert np.shares_memory(hidden, workspace.buffers["normed"])
+    assert np.shares_memory(logits, workspace.buffers["logits"])
+    assert peak < 30_000, f"{peak} bytes"

@@ -1,0 +1,122 @@
+"""The buffers that one step writes its activations into, reserved once and sized exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinyllm.backends.base import F32Array
+from tinyllm.config import ModelConfig
+
+__all__ = ["Activations", "Rotation", "Workspace", "workspace_shapes"]
+
+Rotation = tuple[F32Array, F32Array]  # cosines and sines, (T, R / 2) each
+
+
+def workspace_shapes(config: ModelConfig, max_tokens: int, max_logits_rows: int) -> dict[str, tuple[int, ...]]:
+    """The float32 buffers of a step of at most `max_tokens` tokens, `max_logits_rows` of which need logits."""
+    T, M, I = max_tokens, config.hidden_size, config.intermediate_size  # noqa: E741
+    H, KH, D = config.num_heads, config.num_kv_heads, config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "residual": (T, M),
+        "normed": (T, M),
+        "branch": (T, M),
+        "qkv": (T, (H + 2 * KH) * D),
+        "attention": (T, H * D),
+        "mlp": (T, I),
+        "logits": (max_logits_rows, config.vocab_size),
+    }
+    if config.architecture != "gpt2":
+        shapes["gate_up"] = (T, 2 * I)
+    for name, rope in (("", config.rope), ("local_", config.local_rope)):
+        if rope is not None:
+            shapes[f"{name}cos"] = shapes[f"{name}sin"] = (T, rope.rotary_dim // 2)
+    return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Views of the buffers' first T rows. q, k and v are strided views of qkv.
+
+    Attributes:
+        residual: (T, M) the residual stream.
+        normed, branch: (T, M) a normed residual, and the output of attention or MLP.
+        qkv: (T, (H + 2 KH) D); q: (T, H, D); k, v: (T, KH, D)
+        heads: (T, H, D) attention's output by head; attention: (T, H D), the same memory.
+        gate_up: (T, 2I), empty for gpt2; mlp: (T, I)
+        rotation, local_rotation: cos and sin, (T, R / 2) each, where the model has them.
+    """
+
+    residual: F32Array
+    normed: F32Array
+    branch: F32Array
+    qkv: F32Array
+    q: F32Array
+    k: F32Array
+    v: F32Array
+    heads: F32Array
+    attention: F32Array
+    gate_up: F32Array
+    mlp: F32Array
+    rotation: Rotation | None
+    local_rotation: Rotation | None
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Buffers by name, as `workspace_shapes` lists them."""
+
+    config: ModelConfig
+    buffers: Mapping[str, F32Array]
+
+    @classmethod
+    def allocate(cls, config: ModelConfig, max_tokens: int, max_logits_rows: int) -> Workspace:
+        shapes = workspace_shapes(config, max_tokens, max_logits_rows)
+        return cls(config, {name: np.empty(shape, np.float32) for name, shape in shapes.items()})
+
+    @staticmethod
+    def size_of(config: ModelConfig, max_tokens: int, max_logits_rows: int) -> int:
+        """Bytes that `allocate` will reserve."""
+        return 4 * sum(map(math.prod, workspace_shapes(config, max_tokens, max_logits_rows).values()))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(buffer.nbytes) for buffer in self.buffers.values())
+
+    @property
+    def max_tokens(self) -> int:
+        return int(self.buffers["residual"].shape[0])
+
+    @property
+    def max_logits_rows(self) -> int:
+        return int(self.buffers["logits"].shape[0])
+
+    def logits(self, rows: int) -> F32Array:
+        """(rows, V)"""
+        assert rows <= self.max_logits_rows, f"{rows} rows of logits in a workspace for {self.max_logits_rows}"
+        return self.buffers["logits"][:rows]
+
+    def activations(self, tokens: int) -> Activations:
+        """Views for a step of `tokens` tokens."""
+        assert tokens <= self.max_tokens, f"{tokens} tokens in a workspace for {self.max_tokens}"
+        H, KH, D = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        b = {name: buffer[:tokens] for name, buffer in self.buffers.items() if name != "logits"}
+        split = b["qkv"].reshape(tokens, H + 2 * KH, D)
+        return Activations(
+            residual=b["residual"],
+            normed=b["normed"],
+            branch=b["branch"],
+            qkv=b["qkv"],
+            q=split[:, :H],
+            k=split[:, H : H + KH],
+            v=split[:, H + KH :],
+            heads=b["attention"].reshape(tokens, H, D),
+            attention=b["attention"],
+            gate_up=b.get("gate_up", b["mlp"][:, :0]),
+            mlp=b["mlp"],
+            rotation=(b["cos"], b["sin"]) if "cos" in b else None,
+            local_rotation=(b["local_cos"], b["local_sin"]) if "local_cos" in b else None,
+        )
