@@ -1,0 +1,191 @@
+"""The options that several commands share, and what they become: engine options and SamplingParams."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tinyllm.cli import console
+from tinyllm.cli.console import UsageError
+from tinyllm.errors import ConfigError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from tinyllm.llm import LLM
+    from tinyllm.sampling_params import SamplingParams
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "add_engine_options",
+    "add_model_option",
+    "add_sampling_options",
+    "checked_text",
+    "engine_options",
+    "load_llm",
+    "model_name",
+    "naming_options",
+    "sampling_params",
+]
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+_ENGINE_OPTIONS = {  # field of EngineConfig -> option
+    "device": "--device",
+    "max_batch_tokens": "--max-batch-tokens",
+    "max_num_seqs": "--max-num-seqs",
+    "block_size": "--block-size",
+    "num_blocks": "--num-blocks",
+    "kv_dtype": "--kv-dtype",
+    "max_model_len": "--max-model-len",
+    "num_threads": "--threads",
+}
+
+_SAMPLING_OPTIONS = {  # field of SamplingParams -> option
+    "max_tokens": "--max-tokens",
+    "temperature": "--temperature",
+    "top_p": "--top-p",
+    "top_k": "--top-k",
+    "min_p": "--min-p",
+    "repetition_penalty": "--repetition-penalty",
+    "seed": "--seed",
+    "stop": "--stop",
+    "n": "--n",
+    "ignore_eos": "--ignore-eos",
+}
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="a name that `tinyllm pull --list` shows, a .gguf file, a Hugging Face folder, or a hub id org/name "
+        f"(default: {DEFAULT_MODEL})",
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument("--device", metavar="NAME", help="auto, cpu or reference (default: auto)")
+    group.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        metavar="N",
+        help="token budget of one step; longer prompts are prefilled in chunks (default: 512)",
+    )
+    group.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences that may run at once (default: 256)")
+    group.add_argument("--block-size", type=int, metavar="N", help="tokens per block of the KV cache (default: 16)")
+    group.add_argument(
+        "--num-blocks", type=int, metavar="N", help="blocks of the KV cache (default: from the model and free memory)"
+    )
+    group.add_argument("--kv-dtype", metavar="TYPE", help="f32, f16 or bf16 keys and values (default: f32)")
+    group.add_argument(
+        "--max-model-len", type=int, metavar="N", help="longest prompt plus output (default: the model's own limit)"
+    )
+    group.add_argument("--threads", type=int, metavar="N", dest="num_threads", help="CPU threads (default: all)")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+    group = parser.add_argument_group("sampling")
+    add = group.add_argument
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        default=max_tokens,
+        help=f"tokens to generate at most (default: {max_tokens})",
+    )
+    add(
+        "--temperature",
+        type=float,
+        metavar="X",
+        default=0.8,
+        help="0 always takes the likeliest token (default: 0.8)",
+    )
+    add("--top-p", type=float, metavar="X", default=1.0, help="sample within this probability mass (default: 1)")
+    add("--top-k", type=int, metavar="N", default=0, help="sample among the N likeliest tokens (default: 0, all)")
+    add(
+        "--min-p",
+        type=float,
+        metavar="X",
+        default=0.0,
+        help="leave out tokens less likely than X times the likeliest (default: 0)",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        default=1.0,
+        help="above 1 makes tokens that occurred less likely (default: 1)",
+    )
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        default=0,
+        help="of the random numbers; the same seed gives the same text (default: 0)",
+    )
+    add(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        default=None,
+        help="end before this text would appear (in bash, $'\\n' is a newline); may be given several times",
+    )
+    add("--ignore-eos", action="store_true", help="go on past the end-of-text token")
+
+
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Turns a field's name at the head of an error's message into the option that set it."""
+    try:
+        yield
+    except (ConfigError, InvalidRequestError) as error:
+        name, space, rest = str(error).partition(" ")
+        option = {**_SAMPLING_OPTIONS, **_ENGINE_OPTIONS}.get(name)
+        if option is None:
+            raise
+        raise UsageError(option + space + rest) from error
+
+
+def checked_text(text: str, what: str) -> str:
+    """The text itself. Raises UsageError where it is not valid Unicode, as an argument of stray bytes is."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        bad = ord(text[error.start])
+        raise UsageError(f"{what} is not valid UTF-8: U+{bad:04X} at character {error.start}") from None
+    return text
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine's options that were given, as keywords for LLM and EngineConfig."""
+    given = {name: getattr(args, name, None) for name in _ENGINE_OPTIONS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """Raises UsageError naming the option whose value is wrong."""
+    from tinyllm.sampling_params import SamplingParams
+
+    values = {name: getattr(args, name) for name in _SAMPLING_OPTIONS if hasattr(args, name)}
+    values["stop"] = tuple(checked_text(text, "--stop") for text in args.stop or ())
+    with naming_options():
+        return SamplingParams(**values)
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """The model named on the command line, or the default one, with a line that says so."""
+    if args.model is not None:
+        return str(args.model)
+    console.notice(f"no --model given: using {DEFAULT_MODEL}")
+    return DEFAULT_MODEL
+
+
+def load_llm(args: argparse.Namespace) -> LLM:
+    """Loads the model that the options describe."""
+    from tinyllm.llm import LLM
+
+    with naming_options():
+        return LLM(model_name(args), on_event=console.notice, **engine_options(args))
