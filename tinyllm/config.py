@@ -25,7 +25,9 @@ def _is_int(value: object, low: int, high: int) -> bool:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 1 << 1000  # larger ones have no float
+    return isinstance(value, float) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)

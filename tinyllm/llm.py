@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,9 +58,11 @@ class LLM:
         checkpoint = open_model(model)
         try:
             self.config = model_config(checkpoint)
-            self.tokenizer = load_tokenizer(checkpoint)
-            self.memory = plan_memory(checkpoint, self.config, self.engine_config, backend)
-            loaded = load_model(checkpoint, self.config, backend)
+            with ThreadPoolExecutor(max_workers=1) as pool:  # while the weights are packed
+                tokenizer_loading = pool.submit(load_tokenizer, checkpoint, self.config.vocab_size)
+                self.memory = plan_memory(checkpoint, self.config, self.engine_config, backend)
+                loaded = load_model(checkpoint, self.config, backend)
+                self.tokenizer = tokenizer_loading.result()
         except WeightsError as error:
             raise ModelFileError(str(error)) from error
         finally:
@@ -84,14 +87,14 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        on_finish: Callable[[RequestOutput], None] | None = None,
+        on_finish: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """Continues each prompt, all of them together in one batch.
 
         Args:
             prompts: one prompt or a list of them; a prompt is a string, or the token ids themselves.
             sampling_params: one for all, or one for each.
-            on_finish: called with each output as it becomes ready, in whatever order they do.
+            on_finish: called with a prompt's index and its output as it becomes ready, in whatever order they do.
 
         Returns:
             One RequestOutput a prompt, in the order of the prompts.
@@ -114,11 +117,11 @@ class LLM:
 
     def chat(self, messages: Messages, sampling_params: SamplingParams | None = None) -> RequestOutput:
         """Answers a conversation: a list of {"role": ..., "content": ...}, put in words by the model's template."""
-        return self.generate([self._chat_prompt(messages)], sampling_params)[0]
+        return self.generate([self.encode_chat(messages)], sampling_params)[0]
 
     def stream_chat(self, messages: Messages, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """The same, yielding text as it is made."""
-        return self.stream(self._chat_prompt(messages), sampling_params)
+        return self.stream(self.encode_chat(messages), sampling_params)
 
     # ---- numbers
 
@@ -155,7 +158,7 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequestError("this model has no tokenizer: pass token ids")
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.encode(prompt, max_tokens=self.memory.max_sequence_len)
         if isinstance(prompt, np.ndarray):
             if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
                 raise InvalidRequestError(f"token ids must be a 1-D integer array, not {prompt.dtype} {prompt.shape}")
@@ -164,11 +167,12 @@ class LLM:
             return list(cast("Sequence[int]", prompt))
         raise InvalidRequestError(f"a prompt must be a string or a list of token ids, not {type(prompt).__name__}")
 
-    def _chat_prompt(self, messages: Messages) -> list[int]:
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """The token ids of a conversation, up to where the model's answer begins. Raises InvalidRequestError."""
         if self.tokenizer is None:
             raise InvalidRequestError("this model has no tokenizer, so it cannot chat")
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(text, add_special_tokens=False, max_tokens=self.memory.max_sequence_len)
 
     # ---- the engine's loop
 
@@ -193,7 +197,7 @@ class LLM:
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
         task: Task,
-        on_finish: Callable[[RequestOutput], None] | None = None,
+        on_finish: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """Runs requests to their end; whatever interrupts them, none of them stays behind in the engine."""
         encoded: list[list[int]] = []
@@ -208,17 +212,17 @@ class LLM:
             for prompt, token_ids, one in zip(prompts, encoded, params, strict=True):
                 ids.append(self._add(token_ids, one, task))
                 self.engine.requests[ids[-1]].prompt = prompt if isinstance(prompt, str) else None
-            waiting = set(ids)
+            waiting = {request_id: index for index, request_id in enumerate(ids)}
             while waiting:
                 self._step()
-                for request_id in sorted(waiting, key=int):
+                for request_id, index in list(waiting.items()):
                     output = next((o for o in self._inbox[request_id] if isinstance(o, RequestOutput)), None)
                     self._inbox[request_id].clear()
                     if output is not None:
                         outputs[request_id] = output
-                        waiting.remove(request_id)
+                        del waiting[request_id]
                         if on_finish is not None:
-                            on_finish(output)
+                            on_finish(index, output)
         finally:
             for request_id in ids:
                 self._drop(request_id)
@@ -259,15 +263,15 @@ def open_model(model: str | Path) -> Checkpoint:
         raise ModelFileError(str(error)) from error
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The checkpoint's tokenizer, or None if it has none. Raises TokenizerError."""
+def load_tokenizer(checkpoint: Checkpoint, vocab_size: int | None = None) -> Tokenizer | None:
+    """The checkpoint's tokenizer, or None if it has none; vocab_size is the model's. Raises TokenizerError."""
     if checkpoint.kind == "gguf":
         return Tokenizer.from_gguf(checkpoint.metadata)
-    return Tokenizer.from_folder(checkpoint.path)
+    return Tokenizer.from_folder(checkpoint.path, vocab_size=vocab_size)
 
 
 def _decoder_factory(tokenizer: Tokenizer) -> Callable[[bool], TextDecoder]:
-    return lambda skip: tokenizer.stream_decoder(skip_special_tokens=skip)
+    return lambda skip: tokenizer.stream_decoder(skip_special_tokens=skip, continuation=True)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

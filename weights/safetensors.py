@@ -16,12 +16,15 @@ from typing import Any, NoReturn
 from weights.errors import WeightsError, quoted
 from weights.json_file import parse_json_object
 from weights.mapped import MappedFile
-from weights.quants import FORMATS
 from weights.tensor import Tensor
 
 __all__ = ["DTYPES", "read_safetensors"]
 
-DTYPES = ("F32", "F16", "BF16")
+DTYPES = ("F32", "F16", "BF16")  # those that a model's parameters may have
+ITEM_NBYTES = {
+    "F32": 4, "F16": 2, "BF16": 2, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1,
+    "I8": 1, "U8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8,
+}  # fmt: skip
 MAX_HEADER_NBYTES = 100_000_000  # the original library's bound
 MAX_DIMS = 8
 
@@ -29,8 +32,9 @@ MAX_DIMS = 8
 def read_safetensors(file: MappedFile) -> dict[str, Tensor]:
     """The tensors of a mapped file, by name, in the order of their data; views of the mapping.
 
-    A scalar (shape []) is given the shape (1,), so that every tensor has rows. Any dtype but DTYPES is refused,
-    and so are empty tensors: no supported model has a use for either. Raises WeightsError.
+    A scalar (shape []) is given the shape (1,), so that every tensor has rows. Tensors of other dtypes than DTYPES
+    are listed, since old checkpoints carry such buffers, but have no values here. Empty tensors are refused: no
+    supported model has a use for them. Raises WeightsError.
     """
 
     def fail(cause: str) -> NoReturn:
@@ -74,8 +78,8 @@ def _tensor_info(name: str, info: Any, path: Path) -> tuple[str, tuple[int, ...]
     if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
         fail("its entry must hold dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    if dtype not in DTYPES:
-        fail(f"dtype {quoted(dtype)} is not supported ({', '.join(DTYPES)} are)")
+    if not isinstance(dtype, str) or dtype not in ITEM_NBYTES:
+        fail(f"dtype {quoted(dtype)} is unknown")
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_size(n) for n in shape):
         fail(f"the shape must be a list of at most {MAX_DIMS} sizes")
     if 0 in shape or prod(shape) >= 1 << 63:
@@ -83,7 +87,7 @@ def _tensor_info(name: str, info: Any, path: Path) -> tuple[str, tuple[int, ...]
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         fail("data_offsets must be two sizes")
     begin, end = offsets
-    nbytes = FORMATS[dtype].nbytes(prod(shape))
+    nbytes = ITEM_NBYTES[dtype] * prod(shape)
     if end - begin != nbytes:
         fail(f"{nbytes} bytes are due for {dtype} of shape {shape}, not {end - begin}")
     return name, tuple(shape) or (1,), dtype, begin, end

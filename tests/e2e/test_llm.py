@@ -49,7 +49,7 @@ def test_outputs_come_in_the_order_of_the_prompts_whatever_ends_first(llm: LLM) 
     prompts = [[5] * 40, [6], [7] * 11]
     params = [SamplingParams(temperature=0, max_tokens=m, ignore_eos=True) for m in (20, 2, 8)]
     ended: list[int] = []
-    outputs = llm.generate(prompts, params, on_finish=lambda output: ended.append(len(output.prompt_token_ids)))
+    outputs = llm.generate(prompts, params, on_finish=lambda index, output: ended.append(len(prompts[index])))
     assert [output.prompt_token_ids for output in outputs] == prompts
     assert [len(output.outputs[0].token_ids) for output in outputs] == [20, 2, 8]
     assert ended == [1, 11, 40]

@@ -115,6 +115,12 @@ MISFITS: list[tuple[str, str, Callable[[Tensors], None], str]] = [
     ("qwen3", "huggingface", remove("model.layers.2.self_attn.q_norm.weight"), "q_norm.weight)"),
     ("gpt2", "huggingface", add(zeros("transformer.h.0.mlp.c_fc.weight", 64, 16)), "(64, 16) where (16, 64) is due"),
     ("gpt2", "huggingface", add(zeros("transformer.wpe.weight", 23, 16)), "(23, 16) where (24, 16) is due"),
+    (
+        "llama",
+        "huggingface",
+        add(Tensor(Q, (32, 16), "I64", np.zeros(4096, np.uint8))),
+        f"1 tensor of a dtype that is not supported ({Q} is I64)",
+    ),
     ("llama", "gguf", remove("blk.0.attn_q.weight"), "1 tensor missing (blk.0.attn_q.weight)"),
     (
         "llama",
@@ -180,6 +186,8 @@ def test_known_extras_are_skipped() -> None:
     add(zeros("transformer.h.0.attn.bias", 1, 1, 24, 24), zeros("transformer.h.0.attn.masked_bias", 1))(
         checkpoint.tensors
     )
+    mask = Tensor("transformer.h.1.attn.bias", (1, 1, 24, 24), "BOOL", np.zeros(576, np.uint8))
+    add(mask)(checkpoint.tensors)
     assert same_logits(checkpoint, "gpt2")
     checkpoint = edited("llama", "huggingface", {})
     add(zeros("model.layers.0.self_attn.rotary_emb.inv_freq", 4))(checkpoint.tensors)

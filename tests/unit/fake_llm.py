@@ -57,6 +57,9 @@ class FakeLLM:
     def encode(self, prompt: str | list[int]) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
     def _check(self, token_ids: Sequence[Any], params: SamplingParams) -> list[int]:
         if not token_ids:
             raise InvalidRequestError("the prompt is empty")
@@ -89,7 +92,7 @@ class FakeLLM:
         self,
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
-        on_finish: Callable[[RequestOutput], None] | None = None,
+        on_finish: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         outputs = []
         for number, (prompt, one) in enumerate(zip(prompts, params, strict=True), 1):
@@ -103,9 +106,9 @@ class FakeLLM:
             metrics = RequestMetrics(now, now, now)
             error = "a logits processor failed" if failed else None
             outputs.append(RequestOutput(str(number), None, prompt, samples, error=error, metrics=metrics))
-        for output in reversed(outputs):
+        for index, output in reversed(list(enumerate(outputs))):
             if on_finish is not None:
-                on_finish(output)
+                on_finish(index, output)
         return outputs
 
     def score(self, text: str) -> ScoreOutput:

@@ -169,12 +169,8 @@ class _Session:
         return history[dropped:], token_ids
 
     def _encode(self, history: list[Message]) -> list[int]:
-        tokenizer = self._llm.tokenizer
-        if tokenizer is None:
-            raise InvalidRequestError("this model has no tokenizer, so it cannot chat")
         system = [{"role": "system", "content": self._system}] if self._system else []
-        text = tokenizer.apply_chat_template([*system, *history], add_generation_prompt=True)
-        return tokenizer.encode(text, add_special_tokens=False)
+        return self._llm.encode_chat([*system, *history])
 
 
 class _Interruption:

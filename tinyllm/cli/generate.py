@@ -155,8 +155,8 @@ def _run_batch(llm: LLM, items: list[PromptItem], args: argparse.Namespace) -> i
 
     with PromptProgress(total=len(good), shown=len(items) > 1 and not args.quiet) as progress:
 
-        def on_finish(output: RequestOutput) -> None:
-            index = good[int(output.request_id) - 1]  # a new LLM numbers its requests from 1, in order
+        def on_finish(position: int, output: RequestOutput) -> None:
+            index = good[position]
             stats.add(output)
             if output.error:
                 items[index] = items[index].failed(output.error)

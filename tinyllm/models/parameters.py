@@ -17,6 +17,7 @@ from tinyllm.backends.base import Backend, F32Array, Weight
 from tinyllm.errors import ModelFileError
 from weights import Checkpoint, Tensor
 from weights.names import NameMap
+from weights.quants import FORMATS
 
 __all__ = ["Adaptation", "ParameterLoader", "ParameterPlan", "Parameters", "Part"]
 
@@ -82,6 +83,7 @@ class ParameterPlan:
         self._used: set[str] = set()
         self._missing: list[str] = []
         self._misshapen: list[str] = []
+        self._unusable: list[str] = []
 
     def matrix(self, *parts: Part) -> Weight:
         stored = []
@@ -106,6 +108,9 @@ class ParameterPlan:
         if tensor is None:
             self._missing.append(name)
             return None
+        if tensor.dtype not in FORMATS:
+            self._unusable.append(f"{name} is {tensor.dtype}")
+            return None
         adaptation = self._source.adaptation(canonical)
         expected = shape[::-1] if adaptation is not None and adaptation.transposes else shape
         if tensor.shape != expected:
@@ -124,6 +129,7 @@ class ParameterPlan:
         for found, what in (
             (self._missing, "missing"),
             (self._misshapen, "of the wrong shape"),
+            (self._unusable, "of a dtype that is not supported"),
             (left_over, f"left over: a {architecture} model does not have them"),
         ):
             if found:
