@@ -1,0 +1,335 @@
+"""The ops on a CPU: numba kernels over numpy arrays, weights kept quantised.
+
+Each op checks shapes by assertion, then hands addresses and strides to a kernel of `cpu_kernels`; small ops run on the
+calling thread, larger ones on all workers, with the same bits. A backend runs one op at a time, from any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyllm.backends.base import SPLIT_KEYS, Batch, F32Array, I32Array, KVCacheSpec
+from tinyllm.backends.cpu_kernels import attention, rows
+from tinyllm.backends.cpu_kernels.formats import PACKED
+from tinyllm.backends.cpu_kernels.jit import Kernel, address_of
+from tinyllm.backends.cpu_kernels.kv_cache import KVLayer, PagedKVCache, allocate, cache_nbytes, write_kernel
+from tinyllm.backends.cpu_kernels.linear import FEW_ROWS, block_sums, linear_kernels, worker_nbytes
+from tinyllm.backends.cpu_kernels.memory import aligned_zeros
+from tinyllm.backends.cpu_kernels.packing import PackedWeight, pack_matrix, packed_nbytes
+from tinyllm.backends.cpu_kernels.threads import ThreadPool
+from weights import Tensor
+
+__all__ = ["CpuBackend", "PackedWeight"]
+
+_NO_WINDOW = 1 << 40
+
+# Work below which a second thread costs more than it brings, in the units that each op passes to _run.
+_PARALLEL_WORK = 32768
+
+# Decode runs one split per task while there are fewer queries times KV heads than this per worker.
+_PARTIAL_TASKS = 4
+
+
+def _available_cpus() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def _print_compiling(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class CpuBackend:
+    """The ops of `Backend` on the threads of this process.
+
+    Args:
+        num_threads: worker threads; None means as many as the CPUs that this process may use.
+        on_compile: called with one line, at most once, before a kernel is compiled; prints to stderr by default.
+    """
+
+    name = "cpu"
+
+    def __init__(self, num_threads: int | None = None, on_compile: Callable[[str], None] | None = None) -> None:
+        self.num_threads = num_threads or _available_cpus()
+        self._report = on_compile or _print_compiling
+        self._reported = False
+        self._params = bytearray(8 * 64)  # the arguments of the kernel that runs
+        self._params_address = int(np.frombuffer(self._params, np.uint8).ctypes.data)
+        self._scratch = aligned_zeros(0)
+        self._scratch_address = int(self._scratch.ctypes.data)
+
+    @cached_property
+    def _address_of(self) -> Callable[[NDArray[Any]], int]:
+        return address_of.build(self._on_compile)
+
+    @cached_property
+    def _threads(self) -> ThreadPool:
+        return ThreadPool(self.num_threads, self._on_compile)
+
+    def _on_compile(self) -> None:
+        if not self._reported:
+            self._reported = True
+            self._report("compiling the CPU kernels, once; they are kept in the cache folder")
+
+    def _run(self, kernel: Kernel, tasks: int, work: int, *arguments: int | float) -> None:
+        """Runs a kernel over its tasks; `work` is about the number of elements that it touches."""
+        if kernel.address == 0:
+            kernel.build(self._on_compile)
+        kernel.pack_into(self._params, 0, *arguments)
+        if work < _PARALLEL_WORK or self.num_threads == 1 or tasks == 1:
+            self._threads.run_here(kernel.address, self._params_address, tasks)
+        else:
+            chunk = max(1, tasks // (8 * self.num_threads))
+            self._threads.run(kernel.address, self._params_address, tasks, chunk)
+
+    def _reserve(self, nbytes: int) -> int:
+        """The address of scratch memory of at least nbytes."""
+        if self._scratch.nbytes < nbytes:
+            self._scratch = aligned_zeros(0)  # the old memory goes before the new is reserved
+            self._scratch = aligned_zeros(nbytes)
+            self._scratch_address = int(self._scratch.ctypes.data)
+        return self._scratch_address
+
+    # ---- memory
+
+    def matrix_nbytes(self, parts: Sequence[tuple[str, tuple[int, int]]]) -> int:
+        return packed_nbytes(parts)
+
+    def load_matrix(self, tensors: Sequence[Tensor]) -> PackedWeight:
+        return pack_matrix(tensors, self._run)
+
+    def load_vector(self, tensor: Tensor) -> F32Array:
+        return tensor.dequantize()
+
+    def kv_cache_nbytes(self, spec: KVCacheSpec) -> int:
+        return cache_nbytes(spec)
+
+    def allocate_kv_cache(self, spec: KVCacheSpec) -> PagedKVCache:
+        return allocate(spec)
+
+    def workspace_nbytes(
+        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
+    ) -> int:
+        """The most scratch memory that ops of these sizes hold; max_context: columns of block_tables in tokens."""
+        heads = num_heads // num_kv_heads
+        workers = self.num_threads * attention.scratch_nbytes(heads, head_dim)
+        partials = _PARTIAL_TASKS * self.num_threads * -(-max_context // SPLIT_KEYS)
+        linear, _ = self._linear_scratch(max_tokens, max_in_features)
+        return max(linear, workers + partials * attention.partial_nbytes(heads, head_dim))
+
+    # ---- ops
+
+    def embedding(
+        self, token_ids: I32Array, weight: PackedWeight, *, out: F32Array | None = None
+    ) -> F32Array:
+        address = self._address_of
+        T, M = token_ids.shape[0], weight.shape[1]
+        out = np.empty((T, M), np.float32) if out is None else out
+        assert out.shape == (T, M) and out.flags.c_contiguous and token_ids.flags.c_contiguous
+        assert T == 0 or (token_ids.min() >= 0 and token_ids.max() < weight.shape[0])
+        for part in weight.parts:
+            self._run(
+                linear_kernels(part.dtype).embedding, T, 16 * T * M, address(token_ids), part.address,
+                part.group_nbytes, part.first_row, part.rows, M, address(out), 4 * M,
+            )  # fmt: skip
+        return out
+
+    def _linear_scratch(self, rows: int, in_features: int) -> tuple[int, int]:
+        """Total bytes of scratch, and bytes of one worker, whose parts come first."""
+        worker = worker_nbytes(in_features)
+        sums = 4 * rows * (in_features // 32) if rows > FEW_ROWS else 0
+        return self.num_threads * worker + sums, worker
+
+    def linear(
+        self, x: F32Array, weight: PackedWeight, bias: F32Array | None = None, *, out: F32Array | None = None
+    ) -> F32Array:
+        address = self._address_of
+        T, in_features = x.shape
+        out_features = weight.shape[0]
+        out = np.empty((T, out_features), np.float32) if out is None else out
+        assert in_features == weight.shape[1] and out.shape == (T, out_features)
+        assert x.strides[1] == 4 and out.strides[1] == 4 and (bias is None or bias.shape == (out_features,))
+        scratch_nbytes, worker_nbytes = self._linear_scratch(T, in_features)
+        scratch = self._reserve(scratch_nbytes)
+        x_address, out_address = address(x), address(out)
+        bias_address = 0 if bias is None else address(bias)
+        sums = scratch + self.num_threads * worker_nbytes
+        x_stride, out_stride = x.strides[0], out.strides[0]
+        summed = False
+        for part in weight.parts:
+            kernels = linear_kernels(part.dtype)
+            first = 4 * part.first_row
+            arguments = (
+                part.address, part.group_nbytes, x_address, x_stride, T, in_features, part.rows,
+                bias_address and bias_address + first, out_address + first, out_stride, scratch, worker_nbytes,
+            )  # fmt: skip
+            groups, work = -(-part.rows // 16), T * in_features * part.rows
+            if T > FEW_ROWS:
+                if not summed and PACKED[part.dtype].has_minimum:
+                    steps = in_features // 32
+                    self._run(block_sums, T, T * in_features, x_address, x_stride, steps, sums)
+                    summed = True
+                self._run(kernels.many_rows, groups, work, *arguments, sums)
+            else:
+                self._run(kernels.one_row if T == 1 else kernels.few_rows, groups, work, *arguments)
+        return out
+
+    def rms_norm(self, x: F32Array, weight: F32Array, eps: float, *, out: F32Array | None = None) -> F32Array:
+        address = self._address_of
+        out = np.empty(x.shape, np.float32) if out is None else out
+        M = x.shape[-1]
+        assert x.ndim in (2, 3) and out.shape == x.shape and weight.shape == (M,)
+        assert x.strides[-1] == 4 and out.strides[-1] == 4
+        inner, x_inner, out_inner = (1, 0, 0) if x.ndim == 2 else (x.shape[1], x.strides[1], out.strides[1])
+        tasks = x.shape[0] * inner
+        self._run(
+            rows.rms_norm, tasks, tasks * M, address(x), x.strides[0], inner, x_inner, address(weight), eps, M,
+            address(out), out.strides[0], out_inner,
+        )  # fmt: skip
+        return out
+
+    def add_rms_norm(
+        self, residual: F32Array, x: F32Array, weight: F32Array, eps: float, *, out: F32Array | None = None
+    ) -> F32Array:
+        address = self._address_of
+        out = np.empty(x.shape, np.float32) if out is None else out
+        T, M = x.shape
+        assert residual.shape == x.shape == out.shape and weight.shape == (M,)
+        assert residual.strides[1] == 4 and x.strides[1] == 4 and out.strides[1] == 4
+        self._run(
+            rows.add_rms_norm, T, 2 * T * M, address(residual), residual.strides[0], address(x), x.strides[0],
+            address(weight), eps, M, address(out), out.strides[0],
+        )  # fmt: skip
+        return out
+
+    def layer_norm(
+        self, x: F32Array, weight: F32Array, bias: F32Array, eps: float, *, out: F32Array | None = None
+    ) -> F32Array:
+        address = self._address_of
+        out = np.empty(x.shape, np.float32) if out is None else out
+        T, M = x.shape
+        assert out.shape == x.shape and weight.shape == bias.shape == (M,)
+        assert x.strides[1] == 4 and out.strides[1] == 4
+        self._run(
+            rows.layer_norm, T, 2 * T * M, address(x), x.strides[0], address(weight), address(bias), eps, M,
+            address(out), out.strides[0],
+        )  # fmt: skip
+        return out
+
+    def rope(self, q: F32Array, k: F32Array, cos: F32Array, sin: F32Array) -> None:
+        address = self._address_of
+        T, half = cos.shape
+        assert q.shape[0] == k.shape[0] == T and sin.shape == cos.shape and 2 * half <= q.shape[2] == k.shape[2]
+        assert q.strides[2] == 4 and k.strides[2] == 4 and cos.flags.c_contiguous and sin.flags.c_contiguous
+        heads = q.shape[1] + k.shape[1]
+        self._run(
+            rows.rope, T, 2 * T * heads * half, address(q), q.strides[0], q.strides[1], q.shape[1],
+            address(k), k.strides[0], k.strides[1], k.shape[1], address(cos), address(sin), half,
+        )  # fmt: skip
+
+    def _gated(self, kernel: Kernel, x: F32Array, columns: int, out: F32Array | None) -> F32Array:
+        address = self._address_of
+        T = x.shape[0]
+        out = np.empty((T, columns), np.float32) if out is None else out
+        assert out.shape == (T, columns) and x.strides[1] == 4 and out.strides[1] == 4
+        work = 8 * T * columns
+        self._run(kernel, T, work, address(x), x.strides[0], columns, address(out), out.strides[0])
+        return out
+
+    def silu_mul(self, x: F32Array, *, out: F32Array | None = None) -> F32Array:
+        return self._gated(rows.silu_mul, x, x.shape[1] // 2, out)
+
+    def gelu_mul(self, x: F32Array, *, out: F32Array | None = None) -> F32Array:
+        return self._gated(rows.gelu_mul, x, x.shape[1] // 2, out)
+
+    def gelu(self, x: F32Array, *, out: F32Array | None = None) -> F32Array:
+        return self._gated(rows.gelu_rows, x, x.shape[1], out)
+
+    def softcap(self, x: F32Array, cap: float) -> None:
+        address = self._address_of
+        T, N = x.shape
+        assert x.strides[1] == 4 and cap > 0
+        self._run(rows.softcap, T, 8 * T * N, address(x), x.strides[0], N, cap)
+
+    def write_kv(self, k: F32Array, v: F32Array, layer: KVLayer, slot_mapping: I32Array) -> None:
+        address = self._address_of
+        T, KH, D = k.shape
+        assert v.shape == k.shape and D == layer.head_dim and KH == layer.k.shape[1]
+        assert k.strides[2] == 4 and v.strides[2] == 4 and slot_mapping.shape == (T,)
+        assert slot_mapping.strides[0] == 4
+        self._run(
+            write_kernel(layer.dtype), T, 4 * T * KH * D, address(k), k.strides[0], k.strides[1], address(v),
+            v.strides[0], v.strides[1], KH, D, layer.v.shape[3], layer.k_address, layer.v_address, layer.block_size,
+            address(slot_mapping),
+        )  # fmt: skip
+
+    def copy_blocks(self, cache: PagedKVCache, pairs: I32Array) -> None:
+        for src, dst in pairs:
+            for layer in cache.layers:
+                layer.k[dst] = layer.k[src]
+                layer.v[dst] = layer.v[src]
+
+    def paged_attention(
+        self,
+        q: F32Array,
+        layer: KVLayer,
+        batch: Batch,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float = 0.0,
+        out: F32Array | None = None,
+    ) -> tuple[F32Array, F32Array]:
+        address = self._address_of
+        T, H, D = q.shape
+        S, max_blocks = batch.block_tables.shape
+        KH = layer.k.shape[1]
+        out = np.empty((T, H, D), np.float32) if out is None else out
+        lse = np.empty((T, H), np.float32)
+        assert D == layer.head_dim and H % KH == 0 and q.strides[2] == 4
+        assert out.shape == q.shape and out.strides[2] == 4 and out.strides[1] == 4 * D
+        assert batch.seq_lens.shape == (S,) and batch.cu_seqlens_q.shape == (S + 1,)
+        assert batch.block_tables.strides[1] == 4
+        heads = H // KH
+        max_context = max_blocks * layer.block_size
+        kernels = attention.attention_kernels(layer.dtype)
+        worker_nbytes = attention.scratch_nbytes(heads, D)
+        all_workers = self.num_threads * worker_nbytes
+        k_head_stride, v_head_stride = layer.k.strides[1], layer.v.strides[1]
+        window = _NO_WINDOW if window is None else window
+        table_stride = batch.block_tables.strides[0]
+        tables, seq_lens, out_address, lse_address = (
+            address(batch.block_tables), address(batch.seq_lens), address(out), address(lse)
+        )  # fmt: skip
+        work = T * H * D * min(max_context, window) // 4
+        splits = -(-max_context // SPLIT_KEYS)
+        few = splits > 1 and S * KH < _PARTIAL_TASKS * self.num_threads and self.num_threads > 1
+        tile_tokens = attention.query_tile(heads)
+        if few and (T == S == 1 or bool((np.diff(batch.cu_seqlens_q) == 1).all())):
+            tasks = S * KH * splits
+            scratch = self._reserve(all_workers + tasks * attention.partial_nbytes(heads, D))
+            results = scratch + all_workers
+        else:
+            tasks, splits, results = ((T - S) // tile_tokens + S) * KH, 1, 0
+            scratch = self._reserve(all_workers)
+        self._run(
+            kernels.attention, tasks, work, address(q), q.strides[0], q.strides[1], heads, KH, D, layer.k_address,
+            layer.v_address, k_head_stride, v_head_stride, layer.block_size, address(batch.cu_seqlens_q), seq_lens,
+            S, tables, table_stride, tile_tokens, splits, results, scale, window, softcap, out_address, out.strides[0],
+            lse_address, scratch, worker_nbytes,
+        )  # fmt: skip
+        if results:
+            self._run(
+                kernels.combine, S * KH, 0, heads, KH, D, seq_lens, splits, window, results, out_address,
+                out.strides[0], lse_address, scratch, worker_nbytes,
+            )  # fmt: skip
+        return out, lse

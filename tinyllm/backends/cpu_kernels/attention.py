@@ -1,0 +1,374 @@
+"""Causal attention of ragged queries over a paged cache, with an online softmax (FlashAttention, arXiv:2205.14135).
+
+A layer's cache, for NB blocks of BS slots, KH heads and head dimension D (V's rows are padded to D', a multiple of 16):
+
+    K  (NB, KH, BS / 16, D, 16): tiles of sixteen keys, transposed: one load brings element d of sixteen keys
+    V  (NB, KH, BS, D'): one load brings sixteen elements of a value
+
+The keys of a query at position p, from lowest = max(0, p - window + 1) to p, are cut at absolute positions:
+
+    split:  256 keys, with its own maximum m, sum l and accumulator acc; merged in ascending order at its end
+    tile:    64 keys, whose scores are exponentiated together and then multiplied with V key by key
+
+Keys outside [lowest, p] are never multiplied, and tiles without any key of a row leave that row as it is. So the order
+of a row's arithmetic depends on p and the window alone; rows are computed side by side only to share loads. A long
+decode runs one split per task and merges afterwards, with the same operations in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import llvmlite.binding
+from numba import types
+
+from tinyllm.backends.base import SPLIT_KEYS
+from tinyllm.backends.cpu_kernels.jit import Kernel, device
+from tinyllm.backends.cpu_kernels.simd import (
+    F32,
+    VF,
+    Builder,
+    Value,
+    const,
+    const_vec,
+    copy_floats,
+    emit_fma,
+    emit_load,
+    emit_load_values,
+    emit_loop,
+    emit_splat,
+    fma,
+    instruction,
+    iota_mask,
+    lane_max,
+    lane_sum,
+    load,
+    load_f32,
+    load_i32,
+    maximum,
+    pointer,
+    splat,
+    store,
+    store_f32,
+    store_first,
+    zeros,
+)
+from tinyllm.backends.cpu_kernels.vmath import exp, exp_scalar, tanh
+
+__all__ = ["AttentionKernels", "attention_kernels", "partial_nbytes", "query_tile", "scratch_nbytes"]
+
+_TILE_KEYS = 64
+_ROW_TILE = 8 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 4  # rows that share loads of K and V
+_QUERY_ROWS = 32  # rows (tokens x heads of one KV head) of a task, about
+_ITEM_NBYTES = {"f32": 4, "f16": 2, "bf16": 2}
+
+i64 = types.int64
+
+
+def query_tile(heads_per_kv_head: int) -> int:
+    """Tokens that one task covers."""
+    return max(1, _QUERY_ROWS // heads_per_kv_head)
+
+
+def _padded_rows(heads_per_kv_head: int) -> int:
+    rows = query_tile(heads_per_kv_head) * heads_per_kv_head
+    return -(-rows // _ROW_TILE) * _ROW_TILE
+
+
+def scratch_nbytes(heads_per_kv_head: int, head_dim: int) -> int:
+    """Bytes that a worker needs, as `scratch_parts` divides them."""
+    padded = -(-head_dim // 16) * 16
+    per_row = 128 + 4 * (_TILE_KEYS + 2 * padded + head_dim)
+    return -(-_padded_rows(heads_per_kv_head) * per_row // 64) * 64
+
+
+def partial_nbytes(heads_per_kv_head: int, head_dim: int) -> int:
+    """Bytes of one task's partial result: m, l and acc of each head."""
+    return heads_per_kv_head * 4 * (2 + -(-head_dim // 16) * 16)
+
+
+def _row_tile(rows: int, dtype: str, start_at_zero: bool) -> Callable[..., None]:
+    """(a, a_stride, b, b_stride, n, c, c_stride): c[r] += sum over k < n, in order, of a[r][k] * b[k] (16 lanes)."""
+
+    @instruction(types.void, *(i64,) * 7)
+    def row_tile(
+        b: Builder, a: Value, a_stride: Value, values: Value, value_stride: Value, n: Value, c: Value, c_stride: Value
+    ) -> None:
+        unroll = 4
+        a_rows = [b.add(a, b.mul(const(r), a_stride)) for r in range(rows)]
+        c_rows = [b.add(c, b.mul(const(r), c_stride)) for r in range(rows)]
+        accs = [const_vec(VF, 0.0) if start_at_zero else emit_load(b, at, VF, align=4) for at in c_rows]
+
+        def multiply(k: Value, accs: list[Value], unroll: int) -> list[Value]:
+            at = b.add(values, b.mul(k, value_stride))
+            for u in range(unroll):
+                lanes = emit_load_values(b, b.add(at, b.mul(const(u), value_stride)), dtype)
+                offset = b.add(b.mul(k, const(4)), const(4 * u))
+                accs = [
+                    emit_fma(b, lanes, emit_splat(b, emit_load(b, row, F32, offset, align=4)), acc)
+                    for row, acc in zip(a_rows, accs, strict=True)
+                ]
+            return accs
+
+        whole = b.and_(n, const(-unroll))
+        accs = emit_loop(b, const(0), whole, unroll, accs, lambda k, accs: multiply(k, accs, unroll))
+        accs = emit_loop(b, whole, n, 1, accs, lambda k, accs: multiply(k, accs, 1))
+        for at, acc in zip(c_rows, accs, strict=True):
+            b.store(acc, pointer(b, at, VF), align=4)
+
+    return row_tile
+
+
+@device
+def _scratch_parts(scratch: int, heads: int, head_dim: int) -> tuple[int, int, int, int, int]:
+    """Addresses in a worker's scratch: states, scores (rows, 64), acc and merged acc (rows, D'), q (rows, D).
+
+    A state is 128 bytes: m, 4 bytes unused, the merged m and l, and at byte 64 the sixteen lanes whose sum is l.
+    """
+    rows = (max(1, _QUERY_ROWS // heads) * heads + _ROW_TILE - 1) // _ROW_TILE * _ROW_TILE
+    padded = (head_dim + 15) // 16 * 16
+    scores = scratch + 128 * rows
+    accs = scores + 4 * _TILE_KEYS * rows
+    total_accs = accs + 4 * padded * rows
+    return scratch, scores, accs, total_accs, total_accs + 4 * padded * rows
+
+
+@device
+def _start_totals(state: int, total_acc: int, padded: int) -> None:
+    store_f32(state + 8, -math.inf)
+    store_f32(state + 12, 0.0)
+    for d in range(0, padded, 16):
+        store(total_acc + 4 * d, zeros())
+
+
+@device
+def _merge(m: float, l: float, acc: int, padded: int, totals: int, total_acc: int) -> None:  # noqa: E741
+    """Merges a split into totals (m, l) and total_acc (arXiv:1805.02867)."""
+    if m == -math.inf:
+        return
+    old_m = load_f32(totals)
+    new_m = max(old_m, m)
+    keep, weight = exp_scalar(old_m - new_m), exp_scalar(m - new_m)
+    store_f32(totals, new_m)
+    store_f32(totals + 4, load_f32(totals + 4) * keep + l * weight)
+    for d in range(0, padded, 16):
+        store(total_acc + 4 * d, fma(load(acc + 4 * d), splat(weight), load(total_acc + 4 * d) * splat(keep)))
+
+
+@device
+def _finish(totals: int, total_acc: int, head_dim: int, out: int, lse: int) -> None:
+    m, l = load_f32(totals), load_f32(totals + 4)  # noqa: E741
+    for d in range(0, head_dim, 16):
+        store_first(out + 4 * d, load(total_acc + 4 * d) / splat(l), head_dim - d)
+    store_f32(lse, m + math.log(l))
+
+
+@dataclass(frozen=True)
+class AttentionKernels:
+    """The kernels of one cache dtype.
+
+    attention: a task is a tile of queries of one KV head, or where `results` is not 0 one of the `splits` of one
+    decode query and KV head. combine: a task is one decode query and KV head, whose partial results it merges.
+    """
+
+    attention: Kernel
+    combine: Kernel
+
+
+@cache
+def attention_kernels(dtype: str) -> AttentionKernels:
+    item = _ITEM_NBYTES[dtype]
+    scores_of_tile, scores_of_row = _row_tile(_ROW_TILE, dtype, True), _row_tile(1, dtype, True)
+    values_of_tile, values_of_row = _row_tile(_ROW_TILE, dtype, False), _row_tile(1, dtype, False)
+
+    @device
+    def softmax_row(
+        row_scores: int, tile: int, first: int, end: int, scale: float, cap: float, state: int, acc: int, padded: int
+    ) -> None:
+        """Turns the scores of keys first <= j < end of a tile into exp(score - m), and the others into 0.
+
+        state: m, then l as sixteen lanes (64 bytes further). Rescales l and acc where m grows.
+        """
+        old_m = load_f32(state)
+        top = splat(old_m)
+        for at in range(0, _TILE_KEYS, 16):
+            key = tile + at
+            values = splat(-math.inf)
+            if key + 16 > first and key < end:
+                values = load(row_scores + 4 * at) * splat(scale)
+                if cap > 0.0:
+                    values = splat(cap) * tanh(values / splat(cap))
+                if key < first or key + 16 > end:
+                    values = iota_mask(values, first - key, end - key)
+                top = maximum(values, top)
+            store(row_scores + 4 * at, values)
+        new_m = lane_max(top)
+        total = load(state + 64)
+        if new_m != old_m:
+            keep = splat(exp_scalar(old_m - new_m))
+            total = total * keep
+            for d in range(0, padded, 16):
+                store(acc + 4 * d, load(acc + 4 * d) * keep)
+            store_f32(state, new_m)
+        for at in range(0, _TILE_KEYS, 16):
+            probs = exp(load(row_scores + 4 * at) - splat(new_m))
+            store(row_scores + 4 * at, probs)
+            total = total + probs
+        store(state + 64, total)
+
+    @device
+    def accumulate(
+        shared: bool, probs: int, tile: int, first: int, end: int, v: int, v_block_stride: int, table: int,
+        block_size: int, acc: int, padded: int,
+    ) -> None:  # fmt: skip
+        """acc += probs[j] * V[j] for keys first <= j < end of a tile, ascending; for a tile of rows or for one row."""
+        key = first
+        while key < end:
+            offset = key % block_size
+            run = min(block_size - offset, end - key)
+            values = v + load_i32(table + 4 * (key // block_size)) * v_block_stride + offset * padded * item
+            weights = probs + 4 * (key - tile)
+            for d in range(0, padded, 16):
+                at, stride = values + d * item, padded * item
+                if shared:
+                    values_of_tile(weights, 4 * _TILE_KEYS, at, stride, run, acc + 4 * d, 4 * padded)
+                else:
+                    values_of_row(weights, 4 * _TILE_KEYS, at, stride, run, acc + 4 * d, 4 * padded)
+            key += run
+
+    @device
+    def attend_split(
+        split: int, rows: int, heads: int, position: int, window: int, scale: float, cap: float, head_dim: int,
+        k: int, v: int, k_block_stride: int, v_block_stride: int, table: int, block_size: int, scratch: int,
+    ) -> None:  # fmt: skip
+        """One split for rows whose q lies in scratch; row r is at position + r // heads. Leaves m, l, acc there."""
+        padded = (head_dim + 15) // 16 * 16
+        states, all_scores, accs, _, q = _scratch_parts(scratch, heads, head_dim)
+        for r in range(rows):
+            store_f32(states + 128 * r, -math.inf)
+            store(states + 128 * r + 64, zeros())
+            for d in range(0, padded, 16):
+                store(accs + 4 * (r * padded + d), zeros())
+        start = max(split, position - window + 1)
+        stop = min(split + SPLIT_KEYS, position + (rows - 1) // heads + 1)
+        for tile in range(start // _TILE_KEYS * _TILE_KEYS, stop, _TILE_KEYS):
+            for r0 in range(0, rows, _ROW_TILE):
+                n = min(_ROW_TILE, rows - r0)
+                lowest_position, highest_position = position + r0 // heads, position + (r0 + n - 1) // heads
+                first = max(tile, lowest_position - window + 1)
+                end = min(tile + _TILE_KEYS, highest_position + 1)
+                if first >= end:
+                    continue
+                row_scores, acc = all_scores + 4 * r0 * _TILE_KEYS, accs + 4 * r0 * padded
+                for key in range(first // 16 * 16, end, 16):
+                    block = k + load_i32(table + 4 * (key // block_size)) * k_block_stride
+                    keys = block + key % block_size * head_dim * item
+                    q_rows, score = q + 4 * r0 * head_dim, row_scores + 4 * (key - tile)
+                    if n == 1:
+                        scores_of_row(q_rows, 4 * head_dim, keys, 16 * item, head_dim, score, 4 * _TILE_KEYS)
+                    else:
+                        scores_of_tile(q_rows, 4 * head_dim, keys, 16 * item, head_dim, score, 4 * _TILE_KEYS)
+                for r in range(n):
+                    p = position + (r0 + r) // heads
+                    row_first, row_end = max(tile, p - window + 1), min(tile + _TILE_KEYS, p + 1)
+                    if row_first < row_end:
+                        softmax_row(
+                            row_scores + 4 * r * _TILE_KEYS, tile, row_first, row_end, scale, cap,
+                            states + 128 * (r0 + r), acc + 4 * r * padded, padded,
+                        )  # fmt: skip
+                same_keys = highest_position - window + 1 <= first and lowest_position + 1 >= end
+                if n > 1 and same_keys:
+                    accumulate(
+                        True, row_scores, tile, first, end, v, v_block_stride, table, block_size, acc, padded
+                    )
+                else:
+                    for r in range(n):
+                        p = position + (r0 + r) // heads
+                        row_first, row_end = max(tile, p - window + 1), min(tile + _TILE_KEYS, p + 1)
+                        accumulate(
+                            False, row_scores + 4 * r * _TILE_KEYS, tile, row_first, row_end, v, v_block_stride, table,
+                            block_size, acc + 4 * r * padded, padded,
+                        )  # fmt: skip
+
+    def attention(
+        worker: int, begin: int, end: int, q: int, q_stride: int, q_head_stride: int, heads: int, kv_heads: int,
+        head_dim: int, k: int, v: int, k_head_stride: int, v_head_stride: int, block_size: int, cu_seqlens_q: int,
+        seq_lens: int, sequences: int, tables: int, table_stride: int, tile_tokens: int, splits: int, results: int,
+        scale: float, window: int, cap: float, out: int, out_stride: int, lse: int, scratch: int, scratch_stride: int,
+    ) -> None:  # fmt: skip
+        padded = (head_dim + 15) // 16 * 16
+        states, _, accs, total_accs, scratch_q = _scratch_parts(scratch + worker * scratch_stride, heads, head_dim)
+        for task in range(begin, end):
+            tile, h, part = task // splits // kv_heads, task // splits % kv_heads, task % splits
+            # sequence s has the tiles from (cu_seqlens_q[s] - s) // tile_tokens + s: enough, sometimes one to spare
+            s, above = 0, sequences
+            while above - s > 1:
+                middle = (s + above) // 2
+                if (load_i32(cu_seqlens_q + 4 * middle) - middle) // tile_tokens + middle <= tile:
+                    s = middle
+                else:
+                    above = middle
+            first_query, end_query = load_i32(cu_seqlens_q + 4 * s), load_i32(cu_seqlens_q + 4 * (s + 1))
+            first = first_query + (tile - ((first_query - s) // tile_tokens + s)) * tile_tokens
+            tokens = min(tile_tokens, end_query - first)
+            position = load_i32(seq_lens + 4 * s) - (end_query - first)
+            first_split = max(0, position - window + 1) // SPLIT_KEYS
+            end_split = (position + tokens - 1) // SPLIT_KEYS + 1
+            if results != 0:
+                first_split, end_split = max(first_split, part), min(end_split, part + 1)
+            if tokens <= 0 or first_split >= end_split:
+                continue
+            rows = tokens * heads
+            for r in range(rows):
+                t, head = first + r // heads, h * heads + r % heads
+                copy_floats(q + t * q_stride + head * q_head_stride, scratch_q + 4 * r * head_dim, head_dim)
+                _start_totals(states + 128 * r, total_accs + 4 * r * padded, padded)
+            for split in range(first_split, end_split):
+                attend_split(
+                    split * SPLIT_KEYS, rows, heads, position, window, scale, cap, head_dim, k + h * k_head_stride,
+                    v + h * v_head_stride, kv_heads * k_head_stride, kv_heads * v_head_stride,
+                    tables + s * table_stride, block_size, scratch + worker * scratch_stride,
+                )  # fmt: skip
+                for r in range(rows):
+                    state, acc = states + 128 * r, accs + 4 * r * padded
+                    m, l = load_f32(state), lane_sum(load(state + 64))  # noqa: E741
+                    if results != 0:
+                        result = results + (task * heads + r) * 4 * (2 + padded)
+                        store_f32(result, m)
+                        store_f32(result + 4, l)
+                        copy_floats(acc, result + 8, padded)
+                    else:
+                        _merge(m, l, acc, padded, state + 8, total_accs + 4 * r * padded)
+            if results == 0:
+                for r in range(rows):
+                    t, head = first + r // heads, h * heads + r % heads
+                    row_out = out + t * out_stride + 4 * head * head_dim
+                    row_lse = lse + 4 * (t * kv_heads * heads + head)
+                    _finish(states + 128 * r + 8, total_accs + 4 * r * padded, head_dim, row_out, row_lse)
+
+    def combine(
+        worker: int, begin: int, end: int, heads: int, kv_heads: int, head_dim: int, seq_lens: int, splits: int,
+        window: int, results: int, out: int, out_stride: int, lse: int, scratch: int, scratch_stride: int,
+    ) -> None:  # fmt: skip
+        padded = (head_dim + 15) // 16 * 16
+        states, _, _, total_acc, _ = _scratch_parts(scratch + worker * scratch_stride, heads, head_dim)
+        for task in range(begin, end):
+            s, h = task // kv_heads, task % kv_heads
+            position = load_i32(seq_lens + 4 * s) - 1
+            first_split = max(0, position - window + 1) // SPLIT_KEYS
+            for r in range(heads):
+                _start_totals(states, total_acc, padded)
+                for split in range(first_split, position // SPLIT_KEYS + 1):
+                    result = results + ((task * splits + split) * heads + r) * 4 * (2 + padded)
+                    _merge(load_f32(result), load_f32(result + 4), result + 8, padded, states + 8, total_acc)
+                head = h * heads + r
+                row_lse = lse + 4 * (s * kv_heads * heads + head)
+                _finish(states + 8, total_acc, head_dim, out + s * out_stride + 4 * head * head_dim, row_lse)
+
+    return AttentionKernels(
+        Kernel(f"attention.attention-{dtype}", attention),
+        Kernel(f"attention.combine-{dtype}", combine),
+    )
