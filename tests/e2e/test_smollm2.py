@@ -172,7 +172,7 @@ def test_embeddings_put_like_with_like(llm: LLM) -> None:
         ("", "the prompt is empty"),
         ("a\ud800b", "surrogate"),
         ("word " * 9000, "the prompt has 90|holds 8192"),
-        ("x" * 10_000_000, "prompt"),
+        ("x" * 10_000_000, "cannot fit into 8192 tokens"),
         ([49152], "from 0 to 49151"),
     ],
 )
