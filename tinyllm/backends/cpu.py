@@ -157,6 +157,8 @@ class CpuBackend:
         out_features = weight.shape[0]
         out = np.empty((T, out_features), np.float32) if out is None else out
         assert in_features == weight.shape[1] and out.shape == (T, out_features)
+        if x.shape[0] == 0:  # numpy gives empty arrays strides of 0
+            return out
         assert x.strides[1] == 4 and out.strides[1] == 4 and (bias is None or bias.shape == (out_features,))
         scratch_nbytes, worker_nbytes = self._linear_scratch(T, in_features)
         scratch = self._reserve(scratch_nbytes)
@@ -188,6 +190,8 @@ class CpuBackend:
         out = np.empty(x.shape, np.float32) if out is None else out
         M = x.shape[-1]
         assert x.ndim in (2, 3) and out.shape == x.shape and weight.shape == (M,)
+        if x.shape[0] == 0:  # numpy gives empty arrays strides of 0
+            return out
         assert x.strides[-1] == 4 and out.strides[-1] == 4
         inner, x_inner, out_inner = (1, 0, 0) if x.ndim == 2 else (x.shape[1], x.strides[1], out.strides[1])
         tasks = x.shape[0] * inner
@@ -257,7 +261,7 @@ class CpuBackend:
     def softcap(self, x: F32Array, cap: float) -> None:
         address = self._address_of
         T, N = x.shape
-        assert x.strides[1] == 4 and cap > 0
+        assert T == 0 or (x.strides[1] == 4 and cap > 0)
         self._run(rows.softcap, T, 8 * T * N, address(x), x.strides[0], N, cap)
 
     def write_kv(self, k: F32Array, v: F32Array, layer: KVLayer, slot_mapping: I32Array) -> None:

@@ -103,8 +103,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) ->
         default=0.8,
         help="0 always takes the likeliest token (default: 0.8)",
     )
-    add("--top-p", type=float, metavar="X", default=1.0, help="sample within this probability mass (default: 1)")
-    add("--top-k", type=int, metavar="N", default=0, help="sample among the N likeliest tokens (default: 0, all)")
+    add("--top-p", type=float, metavar="X", default=0.95, help="sample within this probability mass (default: 0.95)")
+    add("--top-k", type=int, metavar="N", default=40, help="sample among the N likeliest tokens (default: 40; 0: all)")
     add(
         "--min-p",
         type=float,

@@ -184,7 +184,7 @@ class _Rewriter(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        pass
+        node.iter = _through(" each", node.iter)
         node.body.insert(0, _work_of(node))
         return node
 
