@@ -1,0 +1,213 @@
+"""The paged cache and paged_attention of the cpu backend: exactness, traps, and the same bits however it is cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from kernel_cases import Sequences, worst
+
+from tinyllm.backends.base import KVCacheSpec
+from tinyllm.backends.cpu import CpuBackend
+from tinyllm.errors import ConfigError
+
+LENGTHS = [1, 15, 16, 17, 63, 65, 255, 256, 257, 1000]
+
+CASES = [  # heads, kv heads, head dim, block size, dtype, window, softcap
+    (9, 3, 64, 16, "f32", None, 0.0),
+    (4, 4, 8, 32, "f32", None, 0.0),
+    (8, 1, 128, 64, "f32", None, 0.0),
+    (3, 1, 80, 16, "f32", 70, 0.0),
+    (2, 2, 256, 32, "f16", 256, 0.0),
+    (8, 1, 40, 16, "bf16", 1, 5.0),
+    (6, 2, 24, 64, "f16", 300, 30.0),
+    (40, 1, 16, 16, "bf16", None, 2.0),
+    (6, 2, 64, 48, "f32", 100, 0.0),
+]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size", "dtype", "window", "softcap"), CASES)
+def test_as_exact_as_the_reference(
+    heads, kv_heads, head_dim, block_size, dtype, window, softcap, cpu, reference, rng
+):
+    """The last queries of sequences of many lengths in one batch."""
+    sequences = Sequences.random(rng, LENGTHS, heads, kv_heads, head_dim)
+    spans = [(s, max(0, n - 5 * (s % 3) - 1), n) for s, n in enumerate(LENGTHS)]
+    options = {"scale": head_dim**-0.5, "window": window, "softcap": softcap}
+    results = []
+    for backend in (cpu, reference):
+        cache, tables = sequences.fill(backend, block_size, dtype, rng)
+        results.append(backend.paged_attention(*_attend(sequences, spans, tables, cache), **options))
+    exact = [sequences.exact(s, dtype, head_dim**-0.5, window, softcap) for s, _, _ in spans]
+    for i in range(2):  # out, lse
+        expected = np.concatenate([exact[s][i][first:end] for s, first, end in spans])
+        error, baseline = (worst(result[i], expected) for result in results)
+        assert error <= 3 * baseline + 2e-7 * np.abs(expected).max()
+
+
+def _attend(sequences, spans, tables, cache):
+    q, batch = sequences.batch(spans, tables)
+    return q, cache.layers[0], batch
+
+
+@pytest.mark.parametrize("window", [None, 1, 33, 64, 300])
+@pytest.mark.parametrize(("heads", "kv_heads", "dtype"), [(3, 1, "f32"), (2, 2, "f16"), (8, 2, "bf16")])
+def test_same_bits_however_it_is_cut(window, heads, kv_heads, dtype, cpu, single, rng):
+    lengths = [600, 37, 300]
+    sequences = Sequences.random(rng, lengths, heads, kv_heads, 24)
+    cache, tables = sequences.fill(cpu, 16, dtype, rng)
+    options = {"scale": 0.2, "window": window}
+
+    def attend(spans, backend=cpu):
+        return backend.paged_attention(*_attend(sequences, spans, tables, cache), **options)
+
+    whole = [attend([(s, 0, n)]) for s, n in enumerate(lengths)]
+
+    def check(spans, result):
+        for i in range(2):
+            expected = np.concatenate([whole[s][i][first:end] for s, first, end in spans])
+            assert np.array_equal(result[i], expected)
+
+    for chunk in (1, 7, 16, 17, 255, 256):
+        for s, n in enumerate(lengths):
+            if chunk == 1 and n > 300:  # all border positions, and some more
+                starts = sorted({*range(0, 600, 17), *range(250, 262), 15, 16, 63, 64, 65, 511, 512, 513, 599})
+            else:
+                starts = list(range(0, n, chunk))
+            for first in starts:
+                spans = [(s, first, min(first + chunk, n))]
+                check(spans, attend(spans))
+    mixed = [(0, 599, 600), (1, 0, 37), (2, 120, 300), (0, 100, 101), (1, 36, 37)]
+    decode = [(0, 599, 600), (1, 36, 37), (2, 299, 300)]
+    for spans in (mixed, decode, decode[:1], decode * 20):
+        for backend in (cpu, single, CpuBackend(3)):
+            check(spans, attend(spans, backend))
+
+
+@pytest.mark.parametrize("block_size", [32, 48, 64, 256])
+def test_same_bits_for_every_block_size(block_size, cpu, rng):
+    sequences = Sequences.random(rng, [600, 37], 6, 2, 40)
+    spans = [(0, 0, 600), (1, 20, 37)]
+    results = []
+    for size in (16, block_size):
+        cache, tables = sequences.fill(cpu, size, "f32", rng)
+        results.append(cpu.paged_attention(*_attend(sequences, spans, tables, cache), scale=0.3, window=90))
+    assert np.array_equal(results[0][0], results[1][0])
+    assert np.array_equal(results[0][1], results[1][1])
+
+
+def test_blocks_before_the_window_are_not_read(cpu, rng):
+    """A freed block's entry may be anything: reading at it would end the process."""
+    sequences = Sequences.random(rng, [700], 3, 1, 32)
+    cache, tables = sequences.fill(cpu, 16, "f32", rng)
+    for spans in ([(0, 690, 700)], [(0, 699, 700)]):
+        args = _attend(sequences, spans, tables, cache)
+        expected = cpu.paged_attention(*args, scale=0.3, window=40)
+        torn = tables.copy()
+        torn[0, : (spans[0][1] - 39) // 16] = -(2**31)
+        result = cpu.paged_attention(*_attend(sequences, spans, torn, cache), scale=0.3, window=40)
+        assert np.array_equal(result[0], expected[0])
+        assert np.isfinite(result[0]).all()
+
+
+def test_a_later_token_cannot_reach_an_earlier_one(cpu, rng):
+    """NaN and infinity at position 20 leave positions 0 to 19 as they were, in one call."""
+    sequences = Sequences.random(rng, [64], 4, 2, 32)
+    cache, tables = sequences.fill(cpu, 16, "f32", rng)
+    clean, _ = cpu.paged_attention(*_attend(sequences, [(0, 0, 64)], tables, cache), scale=0.3)
+    sequences.keys[0][20, 0], sequences.values[0][20, 0] = np.nan, np.inf
+    cache, tables = sequences.fill(cpu, 16, "f32", rng)
+    result, _ = cpu.paged_attention(*_attend(sequences, [(0, 0, 64)], tables, cache), scale=0.3)
+    assert np.array_equal(result[:20], clean[:20])
+    assert np.isnan(result[20:, :2]).all()
+    assert np.array_equal(result[:, 2:], clean[:, 2:])
+
+
+def test_shared_blocks(cpu, rng):
+    """Two sequences whose tables share their first blocks, as a fork's do."""
+    sequences = Sequences.random(rng, [80], 3, 1, 16)
+    cache, tables = sequences.fill(cpu, 16, "f32", rng)
+    spans = [(0, 70, 80), (0, 30, 48), (0, 79, 80)]
+    whole, _ = cpu.paged_attention(*_attend(sequences, [(0, 0, 80)], tables, cache), scale=0.3)
+    result, _ = cpu.paged_attention(*_attend(sequences, spans, tables, cache), scale=0.3)
+    assert np.array_equal(result, np.concatenate([whole[a:b] for _, a, b in spans]))
+
+
+def test_strided_queries(cpu, rng):
+    sequences = Sequences.random(rng, [50], 6, 2, 16)
+    cache, tables = sequences.fill(cpu, 16, "f32", rng)
+    for first in (0, 49):
+        q, layer, batch = _attend(sequences, [(0, first, 50)], tables, cache)
+        wide = np.full((len(q), 6 * 16 + 40), np.nan, np.float32)
+        wide[:, 8 : 8 + 96] = q.reshape(len(q), 96)
+        view = np.lib.stride_tricks.as_strided(wide[:, 8:], q.shape, (wide.strides[0], 64, 4))
+        out = np.empty(q.shape, np.float32)
+        result, lse = cpu.paged_attention(view, layer, batch, scale=0.3, out=out)
+        assert result is out
+        expected = cpu.paged_attention(q, layer, batch, scale=0.3)
+        assert np.array_equal(out, expected[0])
+        assert np.array_equal(lse, expected[1])
+
+
+def test_large_scores(cpu, rng):
+    """One key dominates; the others underflow to nothing."""
+    sequences = Sequences.random(rng, [300], 1, 1, 16)
+    sequences.queries[0] *= 100
+    cache, tables = sequences.fill(cpu, 16, "f32", rng)
+    out, lse = cpu.paged_attention(*_attend(sequences, [(0, 0, 300)], tables, cache), scale=1.0)
+    expected = sequences.exact(0, "f32", 1.0, None, 0.0)
+    np.testing.assert_allclose(out, expected[0], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(lse, expected[1], rtol=1e-5)
+
+
+# ---- the cache
+
+
+def stored(layer):
+    """k, v as (NB, BS, KH, D)."""
+    blocks, kv_heads, tiles, head_dim, lanes = layer.k.shape
+    k = layer.k.transpose(0, 2, 4, 1, 3).reshape(blocks, tiles * lanes, kv_heads, head_dim)
+    return k, layer.v.transpose(0, 2, 1, 3)[..., :head_dim]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("head_dim", [8, 20, 64])
+def test_write_kv_stores_what_the_reference_stores(dtype, head_dim, cpu, single, reference, rng):
+    spec = KVCacheSpec(num_layers=1, num_blocks=5, block_size=32, num_kv_heads=3, head_dim=head_dim, dtype=dtype)
+    fused = (rng.standard_normal((100, 6 * head_dim + 5)) * 300).astype(np.float32)
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-8, 3e-5, 65504, 65520, 1e38, 1.00390625]
+    fused[:12, 0] = special
+    fused[:12, 3 * head_dim] = special
+    shape, strides = (100, 3, head_dim), (fused.strides[0], 4 * head_dim, 4)
+    k, v = (
+        np.lib.stride_tricks.as_strided(fused[:, start:], shape, strides) for start in (0, 3 * head_dim)
+    )
+    slots = rng.permutation(160)[:100].astype(np.int32)
+    expected = reference.allocate_kv_cache(spec).layers[0]
+    reference.write_kv(k, v, expected, slots)
+    for backend in (cpu, single):
+        layer = backend.allocate_kv_cache(spec).layers[0]
+        backend.write_kv(k, v, layer, slots)
+        for ours, theirs in zip(stored(layer), (expected.k, expected.v), strict=True):
+            assert np.array_equal(ours, theirs, equal_nan=dtype != "bf16")
+
+
+def test_copy_blocks_in_order(cpu, rng):
+    spec = KVCacheSpec(num_layers=2, num_blocks=4, block_size=16, num_kv_heads=1, head_dim=8, dtype="f32")
+    cache = cpu.allocate_kv_cache(spec)
+    for layer in cache.layers:
+        layer.k[...] = rng.standard_normal(layer.k.shape)
+        layer.v[...] = rng.standard_normal(layer.v.shape)
+    before = [(layer.k.copy(), layer.v.copy()) for layer in cache.layers]
+    cpu.copy_blocks(cache, np.array([[0, 1], [1, 2]], np.int32))
+    for layer, (k, v) in zip(cache.layers, before, strict=True):
+        for now, old in ((layer.k, k), (layer.v, v)):
+            assert np.array_equal(now, old[[0, 0, 0, 3]])
+
+
+def test_cache_sizes(cpu):
+    spec = KVCacheSpec(num_layers=3, num_blocks=7, block_size=32, num_kv_heads=2, head_dim=20, dtype="f16")
+    assert cpu.kv_cache_nbytes(spec) == cpu.allocate_kv_cache(spec).nbytes == 3 * 7 * 32 * 2 * (20 + 32) * 2
+    bad = KVCacheSpec(num_layers=1, num_blocks=1, block_size=24, num_kv_heads=1, head_dim=8, dtype="f32")
+    for method in (cpu.allocate_kv_cache, cpu.kv_cache_nbytes):
+        with pytest.raises(ConfigError, match="multiple of 16"):
+            method(bad)
