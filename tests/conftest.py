@@ -11,7 +11,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct, pulled on first use. A test that needs it fails where it cannot be had."""
+    """The GGUF file of SmolLM2-135M-Instruct, pulled on first use; where it cannot be had, tests fail."""
     from tinyllm.hub import resolve
 
     return resolve("smollm2-135m-instruct")

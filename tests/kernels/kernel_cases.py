@@ -67,7 +67,7 @@ def rounded(x: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
 class Sequences:
     """Keys, values and queries of some sequences, (length, heads, D) each, and where a cache keeps them.
 
-    The cache is full of NaN but for what `fill` writes, tables are shuffled, and their entries past a sequence's end are
+    The cache is full of NaN but for what `fill` writes, tables are shuffled, and entries past a sequence's end are
     block ids that do not exist.
     """
 

@@ -51,7 +51,7 @@ __all__ = ["FEW_ROWS", "LinearKernels", "block_sums", "linear_kernels", "worker_
 _WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))  # one register holds 16 lanes, and there are 32
 _FEW_TILE = 8 if _WIDE else 4  # rows whose sums stay in registers beside the unpacking
 _MANY_TILE = 12 if _WIDE else 6
-FEW_ROWS = 2 * _FEW_TILE  # beyond this many rows, many_rows is faster
+FEW_ROWS = _FEW_TILE  # beyond this many rows, many_rows is faster
 _STAGING_NBYTES = 64 * max(_FEW_TILE, _MANY_TILE)
 
 i64 = types.int64
