@@ -103,12 +103,15 @@ def byte_level_metadata() -> dict[str, Any]:
     tokenizer.train_from_iterator([CORPUS] * 2, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     merges = [" ".join(pair) for pair in model["merges"]]
+    for pair in ("a \u00ea", "1 \u00ea"):  # which show whether U+A7CB, of Unicode 16, counts as a letter
+        merges.append(pair)
+        model["vocab"][pair.replace(" ", "")] = len(model["vocab"])
     unused = {"\u0104", "\u0106", "\u00f1", "\u00f2"}  # bytes 0x04, 0x06, 0xF1, 0xF2: SmolLM2 lacks them too
     tokens = [*special, *(token for token in model["vocab"] if token not in unused)]
     kinds = [3, 3, 3, 4, 4] + [1] * (len(tokens) - len(special))
     return {
         PREFIX + "model": "gpt2",
-        PREFIX + "tokens": [*tokens, "</s>", "\u0120whole\u0120word"],
+        PREFIX + "tokens": [*tokens, "</s>", "\u0120unmerged"],  # the latter, no merge makes
         PREFIX + "token_type": [*kinds, 1, 1],
         PREFIX + "merges": [merge for merge in merges if not unused & {*merge}],
         PREFIX + "bos_token_id": 1,

@@ -41,7 +41,7 @@ _TEXTS = [
     "CAN'T WON'T IT'S I'M WE'LL THEY'RE I'VE HE'D", "'s 't 'll '", "don\u2019t", "''''", "o'clock's", "It'S", "'\u017f",
     "camelCase PascalCase snake_case kebab-case SCREAMING_CASE", "HTTPServer2Go", "e.g. i.e. etc.", "...", "?!?!", "\u2026",
     "antidisestablishmentarianism", "a" * 300, "ab" * 150, "supercalifragilistic" * 10, "-" * 100, "=" * 33, "." * 17,
-    " whole word", "a whole word", "the the the the", "The dog doesn't mind.", "xyz" * 5,
+    "an unmerged word", "unmerged unmerged", "a\ua7cb 1\ua7cb", "the the the the", "The dog doesn't mind.", "xyz" * 5,
     # punctuation and symbols
     "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", "a+b=c", "x<y>z", "(a) [b] {c}", "\u00ab guillemets \u00bb", "\u201cquotes\u201d",
     "\u20ac\u00a3\u00a5\u20bf", "\u00a9\u00ae\u2122", "\u2190\u2191\u2192\u2193", "\u2200x\u2208\u211d: x\u00b2\u22650", "\u00b1\u00d7\u00f7\u221e",

@@ -219,6 +219,44 @@ def test_hostile_templates_are_stopped_within_little_memory(source: str, monkeyp
     assert peak < 150_000_000
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "{% set y = x[1:] %}",
+        "{% set y = x ~ 'b' %}",
+        "{% set y = x + 'b' %}",
+        "{% set y = x == x %}",
+        "{% set y = 'b' in x %}",
+        "{% set y = x is eq x %}",
+        "{% set y = x|upper %}",
+        "{% set y = x.upper() %}",
+        "{% set y = x.count('b') %}",
+        "{% set y = [x]|tojson %}",
+        "{% set y = [x, x]|join %}",
+        "{% set y = 'b'.join([x, x]) %}",
+        "{% set y = '%s' % x %}",
+        "{% set y = '{}'.format(x) %}",
+        "{% set y = 'b' * 1000000 %}",
+        "{% set y %}{{ x }}{% endset %}",
+        "{% set y = range(100000)|list %}",
+        "{% set y = range(100000)|map('string') %}",
+        "{% set y = z|selectattr('a') %}",
+        "{% set y = z == z %}",
+        "{% set y = z + [1] %}",
+        "{% set y = loop.changed(z) %}",
+        "{% set y = f() %}",
+        "{% for j in range(1000) if false %}{% endfor %}",
+        "{% set y = 1 %}" * 2000,
+    ],
+)
+def test_what_costs_time_is_paid_for(statement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_WORK", 500_000)
+    start = LONG + "{% set z = range(100000)|list %}{% macro f() %}" + "{% set y = 1 %}" * 2000 + "{% endmacro %}"
+    rendered(start + "{% for i in range(2) %}{% set y = i %}{% endfor %}")
+    with pytest.raises(InvalidRequestError, match="runs for too long"):
+        rendered(start + "{% for i in range(1000) %}" + statement + "{% endfor %}")
+
+
 @pytest.mark.parametrize("source", [FOREVER.replace("{}", ""), FOREVER.replace("{}", "{{ i ~ j }}")])
 def test_the_whole_budget_runs_out_too(source: str) -> None:
     with pytest.raises(InvalidRequestError, match=r"runs for too long|writes more than"):

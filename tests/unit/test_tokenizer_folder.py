@@ -92,6 +92,14 @@ def test_special_tokens_that_only_the_config_names(tmp_path: Path) -> None:
     assert made.decode([tool, new]) == ""
 
 
+def test_an_added_token_stands_for_itself_even_where_its_characters_could_spell_bytes(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"425": {"content": "<\\u00e9>"}}}')
+    made = tokenizer(folder)
+    assert made.encode("<\u00e9>", add_special_tokens=False) == [425]
+    assert made.decode([425]) == "<\u00e9>"
+
+
 def test_whole_words_are_joined_with_spaces(tmp_path: Path) -> None:
     Library(models.WordLevel({"a": 0, "bc": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     made = tokenizer(tmp_path)

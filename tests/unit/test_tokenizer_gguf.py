@@ -124,6 +124,14 @@ def test_sentencepiece_merges_as_defined(scores: dict[str, float], text: str) ->
     assert [tokens[i] for i in bpe.encode(text)] == expected  # the same when words come from the cache
 
 
+def test_words_split_only_where_no_token_goes_on() -> None:
+    tokens = ["\u2581", "a", "b", "ab\u2581", "b\u2581", "\u2581a", "b\u2581a"]
+    bpe = SentencePieceBPE(tokens, [-9, -9, -9, -1, -2, -4, -5], [-1] * 256, None)
+    assert [tokens[i] for i in bpe.encode("ab a")] == ["ab\u2581", "a"]
+    assert [tokens[i] for i in bpe.encode("b a")] == ["b\u2581a"]
+    assert [tokens[i] for i in bpe.encode("a a" * 50)] == ["a", *["\u2581a", "a"] * 49, "\u2581a"]
+
+
 def test_a_character_without_a_token_falls_back_to_bytes_then_to_unknown() -> None:
     bpe = SentencePieceBPE(["<unk>", "a", "<0xC3>"], [0.0] * 3, [-1] * 0xC3 + [2] + [-1] * 60, 0)
     assert bpe.encode("a\u00e9") == [1, 2, 0]
@@ -209,6 +217,7 @@ def test_no_tokenizer() -> None:
 
 
 TOKENS: list[str] = byte_level()[PREFIX + "tokens"]
+LAST = len(TOKENS) - 1
 SPM_TOKENS: list[str] = sentencepiece()[PREFIX + "tokens"]
 SPM_TYPES: list[int] = sentencepiece()[PREFIX + "token_type"]
 
@@ -227,7 +236,7 @@ SPM_TYPES: list[int] = sentencepiece()[PREFIX + "token_type"]
         (byte_level(tokens=[*TOKENS[:-1], TOKENS[9]]), "twice"),
         (byte_level(tokens=[*TOKENS[:-1], "\ud800"]), "not valid Unicode"),
         (byte_level(tokens=[*TOKENS[:-1], "\x00"]), r"U\+0000"),
-        (byte_level(token_type=[1]), "1 entries for 603 tokens"),
+        (byte_level(token_type=[1]), f"1 entries for {len(TOKENS)} tokens"),
         (byte_level(token_type=[1.5] * len(TOKENS)), "no array of numbers"),
         (byte_level(token_type=["a"] * len(TOKENS)), "no array of numbers"),
         (byte_level(token_type=[[1], [1, 2]]), "no array of numbers"),
@@ -258,13 +267,13 @@ def test_damaged_metadata_is_named_on_one_line(metadata: dict[str, Any], message
 
 
 def test_ids_out_of_range_count_as_absent() -> None:
-    made = tokenizer(byte_level(bos_token_id=603, eos_token_id=2**31, add_bos_token=True))
+    made = tokenizer(byte_level(bos_token_id=len(TOKENS), eos_token_id=2**31, add_bos_token=True))
     assert (made.bos_token_id, made.eos_token_id) == (None, None)
     assert made.encode("") == []
 
 
 def test_an_empty_token_gets_a_name() -> None:
-    assert tokenizer(byte_level(tokens=[*TOKENS[:-1], ""])).token_text(len(TOKENS) - 1) == "[EMPTY_602]"
+    assert tokenizer(byte_level(tokens=[*TOKENS[:-1], ""])).token_text(LAST) == f"[EMPTY_{LAST}]"
 
 
 VALUES = st.one_of(

@@ -123,13 +123,11 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
 
     def encode_fragments(fragments: list[str | int]) -> list[int]:
         output: list[int] = []
-        after_special = True  # the start of the text counts as one
         for fragment in fragments:
             if isinstance(fragment, int):
                 output.append(fragment)
-            else:
-                output += bpe.encode(" " + fragment if add_space_prefix and after_special else fragment)
-            after_special = isinstance(fragment, int)
+            else:  # at the start or after a special token, for there is no other text between these
+                output += bpe.encode(" " + fragment if add_space_prefix else fragment)
         return output
 
     return _assemble(
