@@ -129,6 +129,8 @@ def test_words_split_only_where_no_token_goes_on() -> None:
     bpe = SentencePieceBPE(tokens, [-9, -9, -9, -1, -2, -4, -5], [-1] * 256, None)
     assert [tokens[i] for i in bpe.encode("ab a")] == ["ab\u2581", "a"]
     assert [tokens[i] for i in bpe.encode("b a")] == ["b\u2581a"]
+    only = SentencePieceBPE(["\u2581", "a", "b", "ab", "ab\u2581"], [-1] * 5, [-1] * 256, None)
+    assert only.encode("ab ab") == [4, 3]
     assert [tokens[i] for i in bpe.encode("a a" * 50)] == ["a", *["\u2581a", "a"] * 49, "\u2581a"]
 
 

@@ -415,10 +415,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
                 if isinstance(sequence, (str, list, tuple)) and isinstance(times, int):
                     budget.allow(budget.weight(sequence) * max(times, 0))
         elif operator == "+":
-            if isinstance(left, str) and isinstance(right, str):
-                budget.allow(len(left) + len(right))
-            else:
-                budget.scan(left, right)
+            budget.scan(left, right)
         elif operator == "%" and isinstance(left, str):
             values = right.values() if isinstance(right, dict) else right if isinstance(right, tuple) else (right,)
             _check_format(budget, left, values)
