@@ -76,9 +76,7 @@ class Sequences:
     queries: list[NDArray[np.float32]]
 
     @staticmethod
-    def random(
-        rng: np.random.Generator, lengths: list[int], heads: int, kv_heads: int, head_dim: int
-    ) -> Sequences:
+    def random(rng: np.random.Generator, lengths: list[int], heads: int, kv_heads: int, head_dim: int) -> Sequences:
         def normal(n: int, h: int, scale: float) -> NDArray[np.float32]:
             return (rng.standard_normal((n, h, head_dim)) * scale).astype(np.float32)
 
@@ -123,9 +121,7 @@ class Sequences:
         picked = tables[[s for s, _, _ in spans]]
         return q, Batch(unused, unused, unused, cu_seqlens.astype(np.int32), seq_lens, picked)
 
-    def exact(
-        self, s: int, dtype: str, scale: float, window: int | None, softcap: float
-    ) -> tuple[F64, F64]:
+    def exact(self, s: int, dtype: str, scale: float, window: int | None, softcap: float) -> tuple[F64, F64]:
         """Attention of all positions of sequence s in float64: out (n, H, D), lse (n, H)."""
         q, k, v = (
             x.astype(np.float64)

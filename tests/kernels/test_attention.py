@@ -26,9 +26,7 @@ CASES = [  # heads, kv heads, head dim, block size, dtype, window, softcap
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size", "dtype", "window", "softcap"), CASES)
-def test_as_exact_as_the_reference(
-    heads, kv_heads, head_dim, block_size, dtype, window, softcap, cpu, reference, rng
-):
+def test_as_exact_as_the_reference(heads, kv_heads, head_dim, block_size, dtype, window, softcap, cpu, reference, rng):
     """The last queries of sequences of many lengths in one batch."""
     sequences = Sequences.random(rng, LENGTHS, heads, kv_heads, head_dim)
     spans = [(s, max(0, n - 5 * (s % 3) - 1), n) for s, n in enumerate(LENGTHS)]
@@ -178,9 +176,7 @@ def test_write_kv_stores_what_the_reference_stores(dtype, head_dim, cpu, single,
     fused[:12, 0] = special
     fused[:12, 3 * head_dim] = special
     shape, strides = (100, 3, head_dim), (fused.strides[0], 4 * head_dim, 4)
-    k, v = (
-        np.lib.stride_tricks.as_strided(fused[:, start:], shape, strides) for start in (0, 3 * head_dim)
-    )
+    k, v = (np.lib.stride_tricks.as_strided(fused[:, start:], shape, strides) for start in (0, 3 * head_dim))
     slots = rng.permutation(160)[:100].astype(np.int32)
     expected = reference.allocate_kv_cache(spec).layers[0]
     reference.write_kv(k, v, expected, slots)

@@ -90,7 +90,9 @@ def test_every_task_runs_once(rng):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_computes_alone(tmp_path):
-    script = SCRIPT + """
+    script = (
+        SCRIPT
+        + """
 import os
 child = os.fork()
 if child == 0:
@@ -98,6 +100,7 @@ if child == 0:
     os._exit(0 if same else 1)
 print(os.waitpid(child, 0)[1])
 """
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split("\n")[-2] == "0"
 

@@ -89,9 +89,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["chat", "--top-p", "-1"], "--top-p"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_it(
-    argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_is_one_line_that_names_it(argv: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -204,9 +202,7 @@ def test_format_bytes(count: int, text: str) -> None:
     assert console.format_bytes(count) == text
 
 
-def test_the_first_token_counts_as_prefill(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_first_token_counts_as_prefill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seconds = iter([10.0, 12.0, 13.0, 14.0])
     monkeypatch.setattr("time.monotonic", lambda: next(seconds))
     stats = StreamStats()

@@ -41,7 +41,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(llm: FakeLLM, capsys: pyte
 def test_options_reach_the_sampling_parameters(llm: FakeLLM) -> None:
     argv = "generate once --max-tokens 3 --temperature 0 --top-p .5 --top-k 7 --min-p .1 --seed 9 --n 2 --ignore-eos"
     assert main([*argv.split(), "--stop", "a", "--stop", "b", "--repetition-penalty", "1.1"]) == 0
-    (_, params), = llm.seen
+    ((_, params),) = llm.seen
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (3, 0, 0.5, 7)
     assert (params.min_p, params.seed, params.n, params.ignore_eos) == (0.1, 9, 2, True)
     assert (params.stop, params.repetition_penalty) == (("a", "b"), 1.1)
@@ -49,7 +49,7 @@ def test_options_reach_the_sampling_parameters(llm: FakeLLM) -> None:
 
 def test_the_defaults_are_reproducible_sampling(llm: FakeLLM) -> None:
     assert main(["generate", "once"]) == 0
-    (_, params), = llm.seen
+    ((_, params),) = llm.seen
     assert (params.temperature, params.seed, params.max_tokens, params.n) == (0.8, 0, 128, 1)
 
 

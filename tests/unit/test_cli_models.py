@@ -110,9 +110,7 @@ def test_the_default_model_is_the_hubs() -> None:
 # ---- with a model that has no tokenizer
 
 
-def test_generate_from_ids_on_a_model_without_a_tokenizer(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_from_ids_on_a_model_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = jsonl(tmp_path, {"prompt_token_ids": [1, 2, 3]}, {"prompt_token_ids": [-1]}, {"prompt": "text"}, {}, {
         "prompt_token_ids": [5], "max_tokens": 2, "temperature": 0,
     })  # fmt: skip
@@ -141,9 +139,7 @@ def test_generate_from_ids_on_a_model_without_a_tokenizer(
         (["bench", "--batch-sizes", "200", "--prompt-length", "16", "--output-length", "4"], "KV blocks"),
     ],
 )
-def test_what_the_model_cannot_do_is_one_line(
-    argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_model_cannot_do_is_one_line(argv: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*argv, "--model", str(MODELS / "llama"), *ON_REFERENCE]) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -330,9 +330,7 @@ def test_split_model(tmp_path: Path) -> None:
         ([(0, 2, "a", 2), (1, 2, "b", 2)], 1, "name the first file"),
     ],
 )
-def test_bad_split_models(
-    tmp_path: Path, parts: list[tuple[int, int, str, int]], opened: int, cause: str
-) -> None:
+def test_bad_split_models(tmp_path: Path, parts: list[tuple[int, int, str, int]], opened: int, cause: str) -> None:
     for place, (number, count, names, total) in enumerate(parts):
         write(tmp_path, split_bytes(number, count, names, total=total), split_name(place, 2))
     with pytest.raises(WeightsError, match=cause):

@@ -128,9 +128,7 @@ class CpuBackend:
 
     # ---- ops
 
-    def embedding(
-        self, token_ids: I32Array, weight: PackedWeight, *, out: F32Array | None = None
-    ) -> F32Array:
+    def embedding(self, token_ids: I32Array, weight: PackedWeight, *, out: F32Array | None = None) -> F32Array:
         address = self._address_of
         T, M = token_ids.shape[0], weight.shape[1]
         out = np.empty((T, M), np.float32) if out is None else out

@@ -281,9 +281,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                         )  # fmt: skip
                 same_keys = highest_position - window + 1 <= first and lowest_position + 1 >= end
                 if n > 1 and same_keys:
-                    accumulate(
-                        True, row_scores, tile, first, end, v, v_block_stride, table, block_size, acc, padded
-                    )
+                    accumulate(True, row_scores, tile, first, end, v, v_block_stride, table, block_size, acc, padded)
                 else:
                     for r in range(n):
                         p = position + (r0 + r) // heads

@@ -89,8 +89,8 @@ def allocate(spec: KVCacheSpec) -> PagedKVCache:
     return PagedKVCache(spec, tuple(layers))
 
 
-
 # ---- writing
+
 
 @instruction(types.void, types.int64, types.float32)
 def _store_f16(b: Builder, address: Value, value: Value) -> None:

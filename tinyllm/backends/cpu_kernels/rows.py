@@ -83,9 +83,7 @@ def layer_norm(
 
 
 @kernel
-def silu_mul(
-    worker: int, begin: int, end: int, x: int, x_stride: int, columns: int, out: int, out_stride: int
-) -> None:
+def silu_mul(worker: int, begin: int, end: int, x: int, x_stride: int, columns: int, out: int, out_stride: int) -> None:
     """out = silu(x[:columns]) * x[columns:]"""
     for row in range(begin, end):
         gate, target = x + row * x_stride, out + row * out_stride
@@ -96,9 +94,7 @@ def silu_mul(
 
 
 @kernel
-def gelu_mul(
-    worker: int, begin: int, end: int, x: int, x_stride: int, columns: int, out: int, out_stride: int
-) -> None:
+def gelu_mul(worker: int, begin: int, end: int, x: int, x_stride: int, columns: int, out: int, out_stride: int) -> None:
     """out = gelu(x[:columns]) * x[columns:]"""
     for row in range(begin, end):
         gate, target = x + row * x_stride, out + row * out_stride

@@ -232,9 +232,7 @@ def store(b: Builder, address: Value, x: Value) -> None:
     b.store(x, pointer(b, address, VF), align=4)
 
 
-def _internal_function(
-    b: Builder, name: str, result: Any, parameters: list[Any], body: Callable[..., Value]
-) -> Value:
+def _internal_function(b: Builder, name: str, result: Any, parameters: list[Any], body: Callable[..., Value]) -> Value:
     """A function of this module that is called, not inlined: what tails need, written once."""
     function = b.module.globals.get(name)
     if function is None:
@@ -376,9 +374,7 @@ def _load_arguments(_typing_context: Any, params: Any, slots: Any) -> Any:
 
     def codegen(context: Any, b: Builder, sig: Any, values: Any) -> Value:
         loaded = [
-            emit_load(b, values[0], I64, 8 * i)
-            if code == "q"
-            else b.fptrunc(emit_load(b, values[0], F64, 8 * i), F32)
+            emit_load(b, values[0], I64, 8 * i) if code == "q" else b.fptrunc(emit_load(b, values[0], F64, 8 * i), F32)
             for i, code in enumerate(codes)
         ]
         return context.make_tuple(b, result, loaded)
