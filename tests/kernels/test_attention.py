@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_cases import Sequences, worst
 
+from tests.kernels.kernel_cases import Sequences, worst
 from tinyllm.backends.base import KVCacheSpec
 from tinyllm.backends.cpu import CpuBackend
 from tinyllm.errors import ConfigError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_cases import oracle_values, random_tensor, worst
 
+from tests.kernels.kernel_cases import oracle_values, random_tensor, worst
 from tinyllm.backends.cpu import CpuBackend
 from tinyllm.backends.cpu_kernels.formats import PACKED
 from weights import Tensor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_cases import worst
+
+from tests.kernels.kernel_cases import worst
 
 COLUMNS = (1, 5, 16, 17, 64, 100, 576, 1000)
 

@@ -9,8 +9,8 @@ import threading
 
 import numpy as np
 import pytest
-from kernel_cases import Sequences, random_tensor
 
+from tests.kernels.kernel_cases import Sequences, random_tensor
 from tinyllm.backends.cpu import CpuBackend
 
 SCRIPT = """

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from tinyllm.cli import console
 from tinyllm.cli.console import UsageError
 from tinyllm.errors import ConfigError, InvalidRequestError
+from tinyllm.hub import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from tinyllm.llm import LLM
     from tinyllm.sampling_params import SamplingParams
 
 __all__ = [
-    "DEFAULT_MODEL",
     "add_engine_options",
     "add_model_option",
     "add_sampling_options",
@@ -27,8 +27,6 @@ __all__ = [
     "naming_options",
     "sampling_params",
 ]
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
 
 _ENGINE_OPTIONS = {  # field of EngineConfig -> option
     "device": "--device",
