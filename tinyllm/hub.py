@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyllm.cache import cache_root
 from tinyllm.errors import DownloadError, ModelNotFoundError
 
 __all__ = ["DEFAULT_MODEL", "MODELS", "RegisteredModel", "models_folder", "pull", "resolve"]
@@ -87,12 +88,7 @@ _CHUNK_NBYTES = 1 << 20
 
 def models_folder() -> Path:
     """$TINYLLM_CACHE/models, or `models` in the user's cache folder for tinyllm."""
-    chosen = os.environ.get("TINYLLM_CACHE")
-    if chosen:
-        return Path(os.path.expanduser(chosen)) / "models"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("tinyllm", appauthor=False)) / "models"
+    return cache_root() / "models"
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:

@@ -112,8 +112,8 @@ class LLM:
         Leaving the iterator early aborts the request. Raises InvalidRequestError, at once or when a processor fails.
         """
         params = sampling_params or SamplingParams()
-        self.engine.check_request(self.encode(prompt), params)
-        return self._chunks(prompt, params)
+        token_ids = self.engine.check_request(self.encode(prompt), params)
+        return self._chunks(prompt, token_ids, params)
 
     def chat(self, messages: Messages, sampling_params: SamplingParams | None = None) -> RequestOutput:
         """Answers a conversation: a list of {"role": ..., "content": ...}, put in words by the model's template."""
@@ -176,11 +176,12 @@ class LLM:
 
     # ---- the engine's loop
 
-    def _add(self, prompt: Prompt, params: SamplingParams, task: Task) -> str:
+    def _add(self, prompt: Prompt, token_ids: list[int], params: SamplingParams, task: Task) -> str:
+        """Starts a request for a prompt that was encoded already."""
         self._next_id += 1
         request_id = str(self._next_id)
         text = prompt if isinstance(prompt, str) else None
-        self.engine.add_request(request_id, self.encode(prompt), params, prompt=text, task=task)
+        self.engine.add_request(request_id, token_ids, params, prompt=text, task=task)
         self._inbox[request_id] = []
         return request_id
 
@@ -210,8 +211,7 @@ class LLM:
         ids: list[str] = []
         try:
             for prompt, token_ids, one in zip(prompts, encoded, params, strict=True):
-                ids.append(self._add(token_ids, one, task))
-                self.engine.requests[ids[-1]].prompt = prompt if isinstance(prompt, str) else None
+                ids.append(self._add(prompt, token_ids, one, task))
             waiting = {request_id: index for index, request_id in enumerate(ids)}
             while waiting:
                 self._step()
@@ -228,8 +228,8 @@ class LLM:
                 self._drop(request_id)
         return [outputs[request_id] for request_id in ids]
 
-    def _chunks(self, prompt: Prompt, params: SamplingParams) -> Iterator[StreamChunk]:
-        request_id = self._add(prompt, params, Task.GENERATE)
+    def _chunks(self, prompt: Prompt, token_ids: list[int], params: SamplingParams) -> Iterator[StreamChunk]:
+        request_id = self._add(prompt, token_ids, params, Task.GENERATE)
         try:
             while True:
                 inbox, self._inbox[request_id] = self._inbox[request_id], []

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 import pickle
 import shutil
 import struct
@@ -26,7 +25,6 @@ from typing import Any, TypeVar
 
 import llvmlite
 import numba
-import platformdirs
 from numba import njit, types
 from numba.core import compiler
 from numba.core.caching import NullCache
@@ -35,6 +33,7 @@ from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 
 from tinyllm.backends.cpu_kernels.simd import load_arguments
+from tinyllm.cache import cache_root
 
 __all__ = ["Function", "Kernel", "address_of", "cache_folder", "device", "kernel"]
 
@@ -57,14 +56,13 @@ def device(function: F) -> F:
 
 @cache
 def cache_folder() -> Path:
-    """Where this version's compiled kernels lie. TINYLLM_CACHE overrides the user's cache folder."""
-    base = os.environ.get("TINYLLM_CACHE") or platformdirs.user_cache_dir("tinyllm", appauthor=False)
+    """Where this version's compiled kernels lie. See tinyllm.cache."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     versions = (numba.__version__, llvmlite.__version__, sys.implementation.cache_tag)
     digest.update(repr((versions, cpu_target.target_context.codegen().magic_tuple())).encode())
-    return Path(base) / "kernels" / digest.hexdigest()[:24]
+    return cache_root() / "kernels" / digest.hexdigest()[:24]
 
 
 def _remove_unused_folders(parent: Path) -> None:
