@@ -20,6 +20,8 @@ LogitsProcessor = Callable[[list[int], NDArray[np.float32]], NDArray[np.float32]
 MAX_N = 4096
 MAX_STOP_STRINGS = 256
 MAX_STOP_LENGTH = 4096
+MAX_SINKS = 256  # attention keeps the sinks in one of its splits
+MAX_SALT_LENGTH = 4096
 
 
 def as_int(value: object, name: str, low: int, high: int) -> int:
@@ -100,8 +102,21 @@ class SamplingParams:
     temperature, top_k, top_p, min_p, then one draw. Every draw is a function of (seed, which of the n, position)
     and the logits alone. Log-probabilities are those of the model's own distribution, before any of these.
 
+    With `beams` there is no draw: beam search keeps the most likely continuations, by the sum of the log-probabilities
+    (penalties, logit_bias, min_tokens and processors applied to them), and temperature, top_k, top_p, min_p and seed
+    play no part. `window` turns on StreamingLLM (arXiv:2309.17453): generation without end in constant memory.
+
     Attributes:
-        n: how many continuations to make; they share the prompt's computation and memory.
+        n: how many continuations to give back; they share the prompt's computation and memory.
+        best_of: make this many, and give back the n with the highest log-probability per token; None makes n.
+        beams: beam search with this many beams, which gives back the n best; None samples.
+        length_penalty: beam search divides a sum of log-probabilities by (tokens generated) ** length_penalty.
+        early_stopping: beam search ends when it has `beams` finished candidates (True), when the current best can no
+            longer win at its present length (False), or at no length that is still to come ("never").
+        window: each token sees this many tokens up to itself, and the sinks; None sees everything.
+        sinks: with a window, the first tokens of the prompt that every token goes on seeing.
+        cache_salt: only requests with the same salt share cached prefixes.
+        priority: higher is served first and preempted last.
         max_tokens: the most tokens to generate.
         min_tokens: no end-of-sequence, stop token or stop string before this many tokens.
         temperature: divides the logits; 0 (or below 1e-5) takes the most likely token (ties: the lowest id).
@@ -127,6 +142,14 @@ class SamplingParams:
     """
 
     n: int = 1
+    best_of: int | None = None
+    beams: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    window: int | None = None
+    sinks: int = 4
+    cache_salt: str = ""
+    priority: int = 0
     max_tokens: int = 128
     min_tokens: int = 0
     temperature: float = 1.0
@@ -152,6 +175,23 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
         store("n", as_int(self.n, "n", 1, MAX_N))
+        for name in ("best_of", "beams"):
+            value = getattr(self, name)
+            store(name, None if value is None else as_int(value, name, self.n, MAX_N))
+        if self.beams is not None:
+            self._check_beams()
+        store("length_penalty", _as_float(self.length_penalty, "length_penalty", -100, 100))
+        if self.early_stopping != "never":
+            if isinstance(self.early_stopping, str):
+                raise InvalidRequestError(
+                    f'early_stopping must be True, False or "never", not {_short(self.early_stopping)}'
+                )
+            store("early_stopping", _as_bool(self.early_stopping, "early_stopping"))
+        store("window", None if self.window is None else as_int(self.window, "window", 1, 1 << 30))
+        store("sinks", as_int(self.sinks, "sinks", 0, MAX_SINKS))
+        if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT_LENGTH:
+            raise InvalidRequestError(f"cache_salt must be a string of at most {MAX_SALT_LENGTH} characters")
+        store("priority", as_int(self.priority, "priority", -(1 << 31), 1 << 31))
         store("max_tokens", as_int(self.max_tokens, "max_tokens", 1, 1 << 40))
         store("min_tokens", as_int(self.min_tokens, "min_tokens", 0, self.max_tokens))
         store("temperature", _as_float(self.temperature, "temperature", 0, math.inf))
@@ -188,6 +228,25 @@ class SamplingParams:
             if not callable(processor):
                 raise InvalidRequestError(f"a logits processor must be callable, not {_short(processor)}")
         store("logits_processors", tuple(processors))
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences run for one request."""
+        return self.beams or self.best_of or self.n
+
+    @property
+    def ranked(self) -> bool:
+        """Whether what is given back is chosen among more sequences at the end; there is nothing to stream before."""
+        return self.beams is not None or self.num_sequences > self.n
+
+    def _check_beams(self) -> None:
+        for name, given in (
+            ("best_of", self.best_of is not None),
+            ("stop", bool(self.stop)),
+            ("logprobs", self.logprobs is not None),
+        ):
+            if given:
+                raise InvalidRequestError(f"beam search does not go with {name}")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Checks what depends on the model: ids and counts against its vocabulary. Raises InvalidRequestError."""

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from weights import Tensor
 
-__all__ = ["Backend", "Batch", "F32Array", "I32Array", "KVCache", "KVCacheSpec", "Weight"]
+__all__ = ["NO_WINDOW", "SPLIT_KEYS", "Backend", "Batch", "F32Array", "I32Array", "KVCache", "KVCacheSpec", "Weight"]
 
 F32Array = NDArray[np.float32]
 I32Array = NDArray[np.int32]
 
 SPLIT_KEYS = 256  # attention partials cover this many keys, at fixed absolute positions
+NO_WINDOW = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Batch:
         cu_seqlens_q: (S + 1,) prefix sums of the queries per sequence.
         seq_lens: (S,) tokens of each sequence in the cache once this step has written its own.
         block_tables: (S, MB) block ids; entries that no query can see hold anything.
+        windows, num_sinks: (S,) where some sequence of the step streams (StreamingLLM, arXiv:2309.17453), else None;
+            see Backend.paged_attention. NO_WINDOW and 0 for sequences that do not.
+        sink_positions: (T,) where each query stands for the sinks' keys: min(position, sinks + window - 1). None where
+            `windows` is.
     """
 
     token_ids: I32Array
@@ -50,6 +55,9 @@ class Batch:
     cu_seqlens_q: I32Array
     seq_lens: I32Array
     block_tables: I32Array
+    windows: I32Array | None = None
+    num_sinks: I32Array | None = None
+    sink_positions: I32Array | None = None
 
 
 class Weight(Protocol):

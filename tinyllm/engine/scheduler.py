@@ -25,11 +25,21 @@ class ScheduledSequence:
 
 @dataclass(frozen=True)
 class SchedulerOutput:
-    """One step's work: what runs, and the blocks (src, dst) to copy before it, in order."""
+    """One step's work.
+
+    Attributes:
+        scheduled: what runs, in the order of the batch.
+        copies: the blocks (src, dst) to copy before it, in order.
+        preempted: sequences that lost their blocks to others, and wait to be computed again.
+        admitted: sequences that began to run in this step, with the number of tokens found in the prefix cache.
+        evicted: blocks whose cached prefix was given up because the block was needed.
+    """
 
     scheduled: list[ScheduledSequence]
     copies: list[tuple[int, int]]
     preempted: list[Sequence]
+    admitted: list[tuple[Sequence, int]]
+    evicted: list[int]
 
 
 class Scheduler:
@@ -87,7 +97,7 @@ class Scheduler:
                 budget -= num_tokens
         if not preempted:
             budget = self._admit(budget, chosen, copies)
-        return SchedulerOutput([ScheduledSequence(s, n) for s, n in chosen.items()], copies, preempted)
+        return SchedulerOutput([ScheduledSequence(s, n) for s, n in chosen.items()], copies, preempted, [], [])
 
     def _admit(self, budget: int, chosen: dict[Sequence, int], copies: list[tuple[int, int]]) -> int:
         """Starts waiting sequences, in order, while budget, places and blocks last."""

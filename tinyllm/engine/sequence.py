@@ -21,12 +21,14 @@ class Task(Enum):
     SCORE = "score"  # the log-probability of each prompt token
     LOGITS = "logits"  # the logits at each prompt position
     EMBED = "embed"  # the final hidden state at each prompt position
+    PREFILL = "prefill"  # nothing but the keys and values of the prompt
 
 
 class SequenceStatus(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+    PARKED = "parked"  # finished, but its blocks are kept for whoever resumes it
 
 
 @dataclass(eq=False)
