@@ -178,6 +178,7 @@ class EngineConfig:
         max_model_len: the longest prompt plus output, in tokens; None means the model's own limit.
         num_threads: CPU threads; None means all that this process may use.
         device: "auto", "cpu" or "reference".
+        prefix_caching: keep the keys and values of finished requests for others that begin with the same tokens.
         debug_checks: verify the block manager's invariants after every step.
     """
 
@@ -189,6 +190,7 @@ class EngineConfig:
     max_model_len: int | None = None
     num_threads: int | None = None
     device: str = "auto"
+    prefix_caching: bool = True
     debug_checks: bool = False
 
     def __post_init__(self) -> None:
@@ -203,7 +205,8 @@ class EngineConfig:
             )
         _require(self.kv_dtype in KV_DTYPES, f"kv_dtype must be one of {', '.join(KV_DTYPES)}, not {self.kv_dtype!r}")
         _require(isinstance(self.device, str), f"device must be a string, not {self.device!r}")
-        _require(isinstance(self.debug_checks, bool), "debug_checks must be True or False")
+        for name in ("prefix_caching", "debug_checks"):
+            _require(isinstance(getattr(self, name), bool), f"{name} must be True or False")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:

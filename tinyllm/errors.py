@@ -34,3 +34,11 @@ class DownloadError(TinyLLMError, OSError):
 
 class DeviceError(TinyLLMError, RuntimeError):
     """A device that this machine does not have, or that tinyllm does not know."""
+
+
+class SnapshotError(TinyLLMError, ValueError):
+    """A snapshot that is damaged, hostile, made by another model, or larger than the KV cache."""
+
+
+class RecordingError(TinyLLMError, ValueError):
+    """A recording that is damaged, foreign, cannot be replayed, or cannot be written."""

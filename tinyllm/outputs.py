@@ -24,13 +24,15 @@ class CompletionOutput:
     """One of a request's n continuations.
 
     Attributes:
-        index: which of the n.
+        index: which of the n, best first where they were chosen among more.
         text: the generated text, "" without a tokenizer.
         token_ids: the generated ids, an ending token included.
         cumulative_logprob: the sum of the chosen tokens' log-probabilities; None unless logprobs were asked for.
         logprobs: for each token, token id -> Logprob: the chosen token and the most likely ones.
         finish_reason: "stop" (an end token or stop string), "length", "abort" or "error"; None while running.
         stop_reason: the stop string or stop token id that ended it, if one did.
+        score: what it was chosen by: with best_of the log-probability per token, in a beam search the sum of
+            log-probabilities / (tokens generated) ** length_penalty; None otherwise.
     """
 
     index: int
@@ -40,6 +42,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 from tinyllm.errors import InvalidRequestError
 from tinyllm.sampling_params import LogitsProcessor, SamplingParams
 
-__all__ = ["SampledToken", "SamplingParams", "TokenHistory", "TokenLogprob", "gumbel_noise", "sample", "token_logprobs"]
+__all__ = [
+    "SampledToken",
+    "SamplingParams",
+    "TokenHistory",
+    "TokenLogprob",
+    "adjust",
+    "gumbel_noise",
+    "sample",
+    "token_logprobs",
+]
 
 GREEDY_BELOW = 1e-5  # a lower temperature would overflow where it should only sharpen
 
@@ -86,7 +95,7 @@ def sample(
     Raises:
         InvalidRequestError: no token is left to choose, a logit is NaN, or a logits processor failed.
     """
-    adjusted = _adjust(logits, params, token_ids, history, banned_ids)
+    adjusted = adjust(logits, params, token_ids, history, banned_ids)
     top = adjusted.max()
     if np.isnan(top):
         raise InvalidRequestError("the logits contain NaN")
@@ -102,7 +111,7 @@ def sample(
     return SampledToken(token, logprobs)
 
 
-def _adjust(
+def adjust(
     logits: F32Array,
     params: SamplingParams,
     token_ids: Sequence[int],

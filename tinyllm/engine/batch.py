@@ -6,8 +6,9 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from tinyllm.backends.base import Batch
+from tinyllm.backends.base import NO_WINDOW, Batch, I32Array
 from tinyllm.engine.scheduler import ScheduledSequence
+from tinyllm.engine.sequence import Sequence
 
 __all__ = ["build_batch"]
 
@@ -15,10 +16,7 @@ __all__ = ["build_batch"]
 def build_batch(scheduled: Seq[ScheduledSequence], block_size: int) -> Batch:
     """Lays the scheduled tokens of each sequence end to end; see Batch for the arrays."""
     counts = [item.num_tokens for item in scheduled]
-    tables = [item.sequence.block_table for item in scheduled]
-    block_tables = np.zeros((len(scheduled), max(map(len, tables))), np.int32)
-    for row, table in zip(block_tables, tables, strict=True):
-        row[: len(table)] = table
+    block_tables = _block_tables([item.sequence for item in scheduled], block_size)
     starts = np.array([item.sequence.num_computed_tokens for item in scheduled], np.int32)
     cu_seqlens_q = np.zeros(len(scheduled) + 1, np.int32)
     np.cumsum(counts, out=cu_seqlens_q[1:])
@@ -36,4 +34,33 @@ def build_batch(scheduled: Seq[ScheduledSequence], block_size: int) -> Batch:
         cu_seqlens_q=cu_seqlens_q,
         seq_lens=starts + np.array(counts, np.int32),
         block_tables=block_tables,
+        **_windows(scheduled, counts, positions),
     )
+
+
+def _block_tables(sequences: Seq[Sequence], block_size: int) -> I32Array:
+    """(S, MB); 0 stands for blocks that were given back: they are never read."""
+    tables = [sequence.block_table for sequence in sequences]
+    result = np.zeros((len(tables), max(map(len, tables))), np.int32)
+    for row, table, sequence in zip(result, tables, sequences, strict=True):
+        live = sequence.num_released_blocks
+        if live:
+            sinks = -(-sequence.request.sinks // block_size)
+            row[:sinks] = table[:sinks]
+        row[live : len(table)] = table[live:]
+    return result
+
+
+def _windows(scheduled: Seq[ScheduledSequence], counts: Seq[int], positions: I32Array) -> dict[str, I32Array]:
+    """What streaming sequences see; nothing if there are none."""
+    all_params = [item.sequence.request.params for item in scheduled]
+    if all(params.window is None for params in all_params):
+        return {}
+    windows = np.array([NO_WINDOW if p.window is None else p.window for p in all_params], np.int32)
+    num_sinks = np.array([0 if p.window is None else p.sinks for p in all_params], np.int32)
+    in_cache = np.minimum(windows.astype(np.int64) + num_sinks - 1, NO_WINDOW).astype(np.int32)
+    return {
+        "windows": windows,
+        "num_sinks": num_sinks,
+        "sink_positions": np.minimum(positions, np.repeat(in_cache, counts)),
+    }

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
-from tinyllm.backends.base import Batch, F32Array, KVCacheSpec
+from tinyllm.backends.base import Batch, F32Array, I32Array, KVCacheSpec
 from tinyllm.models.model import Model
 from tinyllm.models.workspace import Workspace
 
 __all__ = ["ModelRunner"]
+
+PROBE_TOKENS = 16
 
 
 class ModelRunner:
@@ -33,3 +38,48 @@ class ModelRunner:
         for first in range(0, len(rows), self.max_logits_rows):
             chunk = np.array(rows[first : first + self.max_logits_rows], np.intp)
             yield from self.model.compute_logits(hidden[chunk], self.workspace)
+
+    # ---- the cache's contents
+
+    def read_kv(self, slots: I32Array) -> tuple[F32Array, F32Array]:
+        """Keys and values (L, P, KH, D) of the slots (P,) in all layers."""
+        pairs = [self.model.backend.read_kv(layer, slots) for layer in self.cache.layers]
+        return np.stack([k for k, _ in pairs]), np.stack([v for _, v in pairs])
+
+    def write_kv(self, slots: I32Array, keys: F32Array, values: F32Array) -> None:
+        """The reverse: exact, where the numbers come from a cache of the same dtype."""
+        for layer, k, v in zip(self.cache.layers, keys, values, strict=True):
+            self.model.backend.write_kv(np.ascontiguousarray(k), np.ascontiguousarray(v), layer, slots)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names model, device, kernels and cache dtype by what they compute: a digest of a few tokens' logits.
+
+        Two engines with the same fingerprint give a request the same bits.
+        """
+        spec = self.cache.spec
+        blocks = -(-PROBE_TOKENS // spec.block_size)
+        cache = self.model.backend.allocate_kv_cache(replace(spec, num_blocks=blocks))
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((self.model.config, self.model.backend.name, spec.dtype)).encode())
+        token_ids = np.arange(PROBE_TOKENS, dtype=np.int64) * 7919 % self.model.config.vocab_size
+        for position in range(PROBE_TOKENS):
+            hidden = self.model.forward(_probe_batch(token_ids, position, blocks), cache, self.workspace)
+            digest.update(next(self.logits(hidden, [0])).tobytes())
+        return digest.hexdigest()
+
+
+def _probe_batch(token_ids: np.ndarray, position: int, blocks: int) -> Batch:
+    """One token, at a position of a sequence in blocks 0, 1, ..."""
+
+    def one(*values: int) -> I32Array:
+        return np.array(values, np.int32)
+
+    return Batch(
+        token_ids=one(token_ids[position]),
+        positions=one(position),
+        slot_mapping=one(position),
+        cu_seqlens_q=one(0, 1),
+        seq_lens=one(position + 1),
+        block_tables=np.arange(blocks, dtype=np.int32)[None],
+    )

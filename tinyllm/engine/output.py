@@ -49,6 +49,7 @@ def _completion(sequence: Sequence, token_text: TokenText | None) -> CompletionO
         logprobs=[_logprobs(entries, token_text) for entries in sequence.logprobs] if wanted else None,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
+        score=sequence.score if sequence.request.params.ranked else None,
     )
 
 

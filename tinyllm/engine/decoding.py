@@ -1,0 +1,193 @@
+"""What becomes of a row of logits: a sampled token, forks, beams; and when a sequence ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from tinyllm.backends.base import F32Array
+from tinyllm.engine.beam_search import BeamSearch, candidates, log_softmax
+from tinyllm.engine.scheduler import Scheduler
+from tinyllm.engine.sequence import Request, Sequence, SequenceStatus, Task
+from tinyllm.engine.text import TextDecoder, TextStream
+from tinyllm.errors import InvalidRequestError
+from tinyllm.sampling import TokenHistory, adjust, sample, token_logprobs
+from tinyllm.sampling_params import SamplingParams
+
+__all__ = ["Decoding"]
+
+
+class Decoding:
+    """Gives sequences their tokens, and forks them where one state goes on in several ways.
+
+    Args:
+        eos_token_ids: ids that end a sequence unless ignore_eos.
+        make_decoder: makes an incremental decoder for a sequence, given skip_special_tokens; None without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        eos_token_ids: frozenset[int],
+        make_decoder: Callable[[bool], TextDecoder] | None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.eos_token_ids = eos_token_ids
+        self.make_decoder = make_decoder
+
+    def first_sequence(self, request: Request) -> Sequence:
+        """The sequence that a request begins with."""
+        token_ids = request.prompt_token_ids
+        return self._sequence(request, token_ids.copy(), TokenHistory.of(token_ids))
+
+    def use_logits(self, sequence: Sequence, position: int, logits: F32Array) -> None:
+        """logits (V,) say what follows the sequence's token at `position`."""
+        request = sequence.request
+        if request.task is Task.LOGITS:
+            assert request.rows is not None
+            assert request.num_rows == position
+            request.rows[position] = logits
+            request.num_rows += 1
+        elif position + 1 < sequence.num_prompt_tokens:
+            if position == len(request.prompt_logprobs):
+                num_top = request.params.prompt_logprobs or 0
+                token = request.prompt_token_ids[position + 1]
+                request.prompt_logprobs.append(token_logprobs(logits, token, num_top))
+        elif position + 1 == sequence.num_tokens:
+            try:
+                if request.beam_search is None:
+                    self._sample(sequence, logits)
+                else:
+                    self._search(sequence, request.beam_search, logits)
+            except InvalidRequestError as error:
+                request.error = str(error)
+            if request.first_token_time is None:
+                request.first_token_time = time.monotonic()
+
+    # ---- sampling
+
+    def _sample(self, sequence: Sequence, logits: F32Array) -> None:
+        """Gives the sequence its next token; the first one of a request forks its other sequences off."""
+        request = sequence.request
+        siblings = [sequence]
+        if not request.forked:
+            request.forked = True
+            siblings += [self._fork(sequence) for _ in range(1, request.params.num_sequences)]
+        for sibling in siblings:
+            self._append_token(sibling, logits)
+
+    def _append_token(self, sequence: Sequence, logits: F32Array) -> None:
+        params = sequence.request.params
+        sampled = sample(
+            logits,
+            params,
+            token_ids=sequence.token_ids,
+            history=sequence.history,
+            fork_path=sequence.fork_path,
+            banned_ids=self._banned_ids(sequence),
+        )
+        token = sampled.token_id
+        sequence.token_ids.append(token)
+        sequence.history.append(token)
+        if sampled.logprobs is not None:
+            sequence.logprobs.append(sampled.logprobs)
+        if params.ranked:
+            sequence.score = (sequence.score or 0.0) + token_logprobs(logits, token, 0)[0].logprob
+        is_eos = token in self.eos_token_ids and not params.ignore_eos
+        if is_eos or token in params.stop_token_ids:
+            sequence.finish_reason = "stop"
+            sequence.stop_reason = None if is_eos else token
+        elif sequence.text.push(token, may_stop=sequence.num_output_tokens >= params.min_tokens):
+            sequence.finish_reason, sequence.stop_reason = "stop", sequence.text.stopped_by
+        elif sequence.num_output_tokens >= params.max_tokens or sequence.num_tokens >= sequence.request.max_len:
+            sequence.finish_reason = "length"
+        if sequence.finish_reason is not None:
+            sequence.text.finish()
+
+    def _banned_ids(self, sequence: Sequence) -> list[int]:
+        """End tokens that would come before min_tokens."""
+        params = sequence.request.params
+        if sequence.num_output_tokens >= params.min_tokens:
+            return []
+        return sorted({*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)})
+
+    def choose_best(self, request: Request) -> None:
+        """Leaves a finished best_of request the n sequences with the highest log-probability per token."""
+
+        def score(sequence: Sequence) -> float:
+            return (sequence.score or 0.0) / max(1, sequence.num_output_tokens)
+
+        best = sorted(request.sequences, key=lambda s: (-score(s), s.index))[: request.params.n]
+        for rank, sequence in enumerate(best):
+            sequence.score, sequence.index = score(sequence), rank
+        request.sequences = best
+
+    # ---- beam search
+
+    def _search(self, sequence: Sequence, search: BeamSearch, logits: F32Array) -> None:
+        """Notes what may follow this beam; once all beams have theirs, moves the search one token on."""
+        request = sequence.request
+        logprobs = adjust(
+            log_softmax(logits), request.params, sequence.token_ids, sequence.history, self._banned_ids(sequence)
+        )
+        sequence.candidates = candidates(logprobs, search.num_candidates)
+        live = request.sequences
+        rows = [beam.candidates for beam in live if beam.candidates is not None]
+        if len(rows) < len(live):
+            return
+        request.forked = True
+        steps = search.advance(rows)
+        for beam in live:
+            beam.candidates = None
+        heirs: dict[int, Sequence] = {}  # the first beam to continue a parent takes its place
+        beams: list[Sequence] = []
+        for step in steps:
+            parent = live[step.parent]
+            beams.append(self._fork(parent) if step.parent in heirs else heirs.setdefault(step.parent, parent))
+        for beam, step in zip(beams, steps, strict=True):
+            beam.token_ids.append(step.token_id)
+            beam.history.append(step.token_id)
+        for index, beam in enumerate(live):
+            if index not in heirs:
+                self.scheduler.finish(beam)
+        request.sequences = beams
+
+    def finish_search(self, request: Request, search: BeamSearch, reason: str | None) -> None:
+        """Replaces the beams by the n best hypotheses; those still growing end for `reason`."""
+        for beam in request.sequences:
+            self.scheduler.finish(beam)
+        hypotheses = search.best(request.params.n)
+        if not hypotheses:  # nothing was generated yet
+            request.sequences[0].finish_reason = reason
+            return
+        request.sequences = []
+        for hypothesis in hypotheses:
+            tokens = request.prompt_token_ids + hypothesis.token_ids
+            sequence = self._sequence(request, tokens, TokenHistory.of(()), len(request.sequences))
+            for token in hypothesis.token_ids[: -1 if hypothesis.finish_reason == "stop" else None]:
+                sequence.text.push(token)
+            sequence.text.finish()
+            sequence.score = hypothesis.score
+            sequence.finish_reason, sequence.stop_reason = hypothesis.finish_reason or reason, hypothesis.stop_reason
+            sequence.status = SequenceStatus.FINISHED
+            request.sequences.append(sequence)
+
+    # ---- sequences
+
+    def _sequence(self, request: Request, token_ids: list[int], history: TokenHistory, index: int = 0) -> Sequence:
+        return Sequence(request, index, token_ids, self._text_stream(request.params), history)
+
+    def _fork(self, parent: Sequence) -> Sequence:
+        """A sequence in the parent's state, on the parent's blocks."""
+        request = parent.request
+        request.num_forks += 1
+        child = self._sequence(request, parent.token_ids.copy(), parent.history.copy(), request.num_forks)
+        child.block_hashes = parent.block_hashes.copy()
+        self.scheduler.add_fork(parent, child)
+        if request.beam_search is None:
+            request.sequences.append(child)
+        return child
+
+    def _text_stream(self, params: SamplingParams) -> TextStream:
+        decoder = None if self.make_decoder is None else self.make_decoder(params.skip_special_tokens)
+        return TextStream(decoder, tuple(params.stop), include_stop=params.include_stop_str_in_output)
