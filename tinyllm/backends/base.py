@@ -184,6 +184,10 @@ class Backend(Protocol):
         """(T, KH, D) x 2 into the slots (T,) of a cache layer, rounded to its dtype. k, v may be strided views."""
         ...
 
+    def read_kv(self, layer: Any, slots: I32Array) -> tuple[F32Array, F32Array]:
+        """The keys and values stored in slots (T,), (T, KH, D) each: write_kv of them changes nothing."""
+        ...
+
     def copy_blocks(self, cache: Any, pairs: I32Array) -> None:
         """(n, 2): copies block pairs[i, 0] onto pairs[i, 1] in every layer, in order."""
         ...
@@ -197,13 +201,20 @@ class Backend(Protocol):
         scale: float,
         window: int | None = None,
         softcap: float = 0.0,
+        sink_q: F32Array | None = None,
         out: F32Array | None = None,
     ) -> tuple[F32Array, F32Array]:
         """q (T, H, D) against the paged cache -> out (T, H, D), lse (T, H).
 
         Causal: the query at position p sees keys max(0, p - window + 1) <= j <= p. Query head h reads KV head
         h // (H // KH). Scores are scale * q.k, then softcap. lse is the natural log of the sum of exp(scores).
-        Partials cover SPLIT_KEYS keys at fixed absolute positions and are merged in ascending order. q may be a
-        strided view.
+        Partials cover SPLIT_KEYS keys at fixed absolute positions and are merged in ascending order. q and sink_q may
+        be strided views.
+
+        Streaming: where batch.windows[s] = W is less than the layer's `window`, sequence s has the window W and
+        n = batch.num_sinks[s] sinks instead. A query at p < n + W sees keys 0 <= j <= p. From p = n + W on it sees
+        keys p - W + 1 <= j <= p with q, and the sinks, 0 <= j < n, with sink_q (T, H, D): the same query as rotated
+        at batch.sink_positions. The sinks are one partial (n <= SPLIT_KEYS), merged first. Nothing else is read: what
+        the table holds for keys between the two does not matter. sink_q may be None where no query uses it.
         """
         ...

@@ -19,7 +19,7 @@ from tinyllm.backends.base import SPLIT_KEYS, Batch, F32Array, I32Array, KVCache
 from tinyllm.backends.cpu_kernels import attention, rows
 from tinyllm.backends.cpu_kernels.formats import PACKED
 from tinyllm.backends.cpu_kernels.jit import Kernel, address_of
-from tinyllm.backends.cpu_kernels.kv_cache import KVLayer, PagedKVCache, allocate, cache_nbytes, write_kernel
+from tinyllm.backends.cpu_kernels.kv_cache import KVLayer, PagedKVCache, allocate, cache_nbytes, read, write_kernel
 from tinyllm.backends.cpu_kernels.linear import FEW_ROWS, block_sums, linear_kernels, worker_nbytes
 from tinyllm.backends.cpu_kernels.memory import aligned_zeros
 from tinyllm.backends.cpu_kernels.packing import PackedWeight, pack_matrix, packed_nbytes
@@ -27,8 +27,6 @@ from tinyllm.backends.cpu_kernels.threads import ThreadPool
 from weights import Tensor
 
 __all__ = ["CpuBackend", "PackedWeight"]
-
-_NO_WINDOW = 1 << 40
 
 # Work below which a second thread costs more than it brings, in the units that each op passes to _run.
 _PARALLEL_WORK = 32768
@@ -122,7 +120,7 @@ class CpuBackend:
         """The most scratch memory that ops of these sizes hold; max_context: columns of block_tables in tokens."""
         heads = num_heads // num_kv_heads
         workers = self.num_threads * attention.scratch_nbytes(heads, head_dim)
-        partials = _PARTIAL_TASKS * self.num_threads * -(-max_context // SPLIT_KEYS)
+        partials = _PARTIAL_TASKS * self.num_threads * (1 + -(-max_context // SPLIT_KEYS))
         linear, _ = self._linear_scratch(max_tokens, max_in_features)
         return max(linear, workers + partials * attention.partial_nbytes(heads, head_dim))
 
@@ -274,11 +272,31 @@ class CpuBackend:
             address(slot_mapping),
         )  # fmt: skip
 
+    def read_kv(self, layer: KVLayer, slots: I32Array) -> tuple[F32Array, F32Array]:
+        return read(layer, slots)
+
     def copy_blocks(self, cache: PagedKVCache, pairs: I32Array) -> None:
         for src, dst in pairs:
             for layer in cache.layers:
                 layer.k[dst] = layer.k[src]
                 layer.v[dst] = layer.v[src]
+
+    def _streams(
+        self, q: F32Array, sink_q: F32Array | None, batch: Batch, window: int
+    ) -> tuple[NDArray[np.int64], int]:
+        """The kernel's `streams`, and the most keys that a query sees."""
+        windows, num_sinks = batch.windows, batch.num_sinks
+        assert windows is not None and num_sinks is not None
+        assert windows.shape == num_sinks.shape == batch.seq_lens.shape
+        assert windows.flags.c_contiguous and num_sinks.flags.c_contiguous
+        sinks = np.where(windows < window, num_sinks, 0)
+        query = (0, 0, 0)
+        if sinks.any():
+            assert sinks.min() >= 0 and sinks.max() <= SPLIT_KEYS
+            assert sink_q is not None and sink_q.shape == q.shape and sink_q.strides[2] == 4
+            query = (self._address_of(sink_q), sink_q.strides[0], sink_q.strides[1])
+        streams = np.array([self._address_of(windows), self._address_of(num_sinks), *query], np.int64)
+        return streams, int((np.minimum(windows.astype(np.int64), window) + sinks).max(initial=0))
 
     def paged_attention(
         self,
@@ -289,6 +307,7 @@ class CpuBackend:
         scale: float,
         window: int | None = None,
         softcap: float = 0.0,
+        sink_q: F32Array | None = None,
         out: F32Array | None = None,
     ) -> tuple[F32Array, F32Array]:
         address = self._address_of
@@ -306,32 +325,36 @@ class CpuBackend:
         kernels = attention.attention_kernels(layer.dtype)
         worker_nbytes = attention.scratch_nbytes(heads, D)
         all_workers = self.num_threads * worker_nbytes
-        k_head_stride, v_head_stride = layer.k.strides[1], layer.v.strides[1]
-        window = _NO_WINDOW if window is None else window
+        window = attention.NO_WINDOW if window is None else window
         table_stride = batch.block_tables.strides[0]
         tables, seq_lens, out_address, lse_address = (
             address(batch.block_tables), address(batch.seq_lens), address(out), address(lse)
         )  # fmt: skip
-        work = T * H * D * min(max_context, window) // 4
-        splits = -(-max_context // SPLIT_KEYS)
+        streams, streams_address, visible = None, 0, min(window, max_context)
+        if batch.windows is not None:
+            streams, visible = self._streams(q, sink_q, batch, window)
+            streams_address, visible = int(streams.ctypes.data), min(visible, max_context)
+        work = T * H * D * visible // 4
+        splits = min(-(-max_context // SPLIT_KEYS), (visible + SPLIT_KEYS - 2) // SPLIT_KEYS + 1)
         few = splits > 1 and S * KH < _PARTIAL_TASKS * self.num_threads and self.num_threads > 1
         tile_tokens = attention.query_tile(heads)
         if few and (T == S == 1 or bool((np.diff(batch.cu_seqlens_q) == 1).all())):
-            tasks = S * KH * splits
+            parts = 1 + splits
+            tasks = S * KH * parts
             scratch = self._reserve(all_workers + tasks * attention.partial_nbytes(heads, D))
             results = scratch + all_workers
         else:
-            tasks, splits, results = ((T - S) // tile_tokens + S) * KH, 1, 0
+            tasks, parts, results = ((T - S) // tile_tokens + S) * KH, 1, 0
             scratch = self._reserve(all_workers)
         self._run(
             kernels.attention, tasks, work, address(q), q.strides[0], q.strides[1], heads, KH, D, layer.k_address,
-            layer.v_address, k_head_stride, v_head_stride, layer.block_size, address(batch.cu_seqlens_q), seq_lens,
-            S, tables, table_stride, tile_tokens, splits, results, scale, window, softcap, out_address, out.strides[0],
+            layer.v_address, layer.block_size, address(batch.cu_seqlens_q), seq_lens, S, tables, table_stride,
+            streams_address, tile_tokens, parts, results, scale, window, softcap, out_address, out.strides[0],
             lse_address, scratch, worker_nbytes,
         )  # fmt: skip
         if results:
             self._run(
-                kernels.combine, S * KH, 0, heads, KH, D, seq_lens, splits, window, results, out_address,
-                out.strides[0], lse_address, scratch, worker_nbytes,
+                kernels.combine, S * KH, 0, heads, KH, D, seq_lens, streams_address, parts, window, results,
+                out_address, out.strides[0], lse_address, scratch, worker_nbytes,
             )  # fmt: skip
         return out, lse

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyllm.backends.base import SPLIT_KEYS, Batch, F32Array, I32Array, KVCacheSpec
+from tinyllm.backends.base import NO_WINDOW, SPLIT_KEYS, Batch, F32Array, I32Array, KVCacheSpec
 from weights import Tensor
 
 __all__ = ["ReferenceBackend"]
@@ -86,6 +86,14 @@ def _gelu(x: F32Array) -> F32Array:
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (arXiv:1606.08415, the approximation)."""
     inner = f32(0.7978845608028654) * (x + f32(0.044715) * x * x * x)
     return f32(0.5) * x * (f32(1) + np.tanh(inner))
+
+
+def _mask_of(batch: Batch, s: int, window: int | None) -> tuple[int, int]:
+    """The window and the sinks of sequence s in a layer of that window."""
+    window = NO_WINDOW if window is None else window
+    if batch.windows is None or batch.num_sinks is None or int(batch.windows[s]) >= window:
+        return window, 0
+    return int(batch.windows[s]), int(batch.num_sinks[s])
 
 
 class ReferenceBackend:
@@ -192,6 +200,10 @@ class ReferenceBackend:
                 layer.k[dst] = layer.k[src]
                 layer.v[dst] = layer.v[src]
 
+    def read_kv(self, layer: KVLayer, slots: I32Array) -> tuple[F32Array, F32Array]:
+        blocks, offsets = np.divmod(slots, layer.k.shape[1])
+        return _from_storage(layer.k[blocks, offsets]), _from_storage(layer.v[blocks, offsets])
+
     def paged_attention(
         self,
         q: F32Array,
@@ -201,6 +213,7 @@ class ReferenceBackend:
         scale: float,
         window: int | None = None,
         softcap: float = 0.0,
+        sink_q: F32Array | None = None,
         out: F32Array | None = None,
     ) -> tuple[F32Array, F32Array]:
         T, H, D = q.shape
@@ -208,20 +221,27 @@ class ReferenceBackend:
         out = np.empty((T, H, D), np.float32) if out is None else out
         lse = np.empty((T, H), np.float32)
         for s, seq_len in enumerate(batch.seq_lens):
+            keep, sinks = _mask_of(batch, s, window)
             first_row, end_row = batch.cu_seqlens_q[s], batch.cu_seqlens_q[s + 1]
             for t in range(first_row, end_row):
                 p = int(seq_len) - int(end_row - t)
-                lowest = 0 if window is None else max(0, p - window + 1)
+                lowest = 0 if p < sinks + keep else p - keep + 1
+                parts = [
+                    (q, np.arange(max(start, lowest), min(start + SPLIT_KEYS, p + 1)))
+                    for start in range(lowest // SPLIT_KEYS * SPLIT_KEYS, p + 1, SPLIT_KEYS)
+                ]
+                if sinks > 0 and p >= sinks + keep:
+                    assert sink_q is not None
+                    parts.insert(0, (sink_q, np.arange(sinks)))
                 for h in range(H):
                     maximum, total, acc = f32(-np.inf), f32(0), np.zeros(D, np.float32)
-                    for start in range(lowest // SPLIT_KEYS * SPLIT_KEYS, p + 1, SPLIT_KEYS):
-                        keys = np.arange(max(start, lowest), min(start + SPLIT_KEYS, p + 1))
+                    for query, keys in parts:
                         at = (batch.block_tables[s, keys // block_size], keys % block_size, h // (H // KH))
                         k, v = _from_storage(layer.k[at]), _from_storage(layer.v[at])  # (n, D)
-                        scores = f32(scale) * np.sum(k * np.ascontiguousarray(q[t, h]), axis=1)
+                        scores = f32(scale) * np.sum(k * np.ascontiguousarray(query[t, h]), axis=1)
                         if softcap:
                             scores = f32(softcap) * np.tanh(scores / f32(softcap))
-                        # merge this split into the running softmax (arXiv:1805.02867)
+                        # merge this part into the running softmax (arXiv:1805.02867)
                         new_maximum = np.maximum(maximum, scores.max())
                         probs = np.exp(scores - new_maximum)
                         correction = np.exp(maximum - new_maximum)

@@ -5,6 +5,7 @@ Letters as in tinyllm.backends.base. Nothing here allocates arrays in a step: al
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 from tinyllm.backends.base import Backend, Batch, F32Array, KVCache, Weight
@@ -59,13 +60,32 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None:
             ops.rms_norm(a.q, self.q_norm, self.eps, out=a.q)
             ops.rms_norm(a.k, self.k_norm, self.eps, out=a.k)
+        sink_q = None
         if rotation is not None:
-            ops.rope(a.q, a.k, *rotation)
+            if self._has_sinks(batch):
+                sink_q = a.sink_q
+                sink_q[...] = a.q
+                ops.rope(sink_q, a.k[:, :0], rotation.sink_cos, rotation.sink_sin)
+            ops.rope(a.q, a.k, rotation.cos, rotation.sin)
         ops.write_kv(a.k, a.v, layer_cache, batch.slot_mapping)
         ops.paged_attention(
-            a.q, layer_cache, batch, scale=self.scale, window=self.window, softcap=self.softcap, out=a.heads
+            a.q,
+            layer_cache,
+            batch,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            sink_q=sink_q,
+            out=a.heads,
         )
         ops.linear(a.attention, self.o, self.o_bias, out=a.branch)
+
+    def _has_sinks(self, batch: Batch) -> bool:
+        """Whether some sequence has sinks in this layer: not where the layer's own window is no wider."""
+        if batch.windows is None or batch.num_sinks is None:
+            return False
+        window = math.inf if self.window is None else self.window
+        return bool(((batch.windows < window) & (batch.num_sinks > 0)).any())
 
 
 class GatedMLP:
@@ -116,8 +136,10 @@ class Decoder(ABC):
         a = workspace.activations(len(batch.token_ids))
         self.backend.embedding(batch.token_ids, self.embedding, out=a.residual)
         for table, rotation in ((self.rotary, a.rotation), (self.local_rotary, a.local_rotation)):
-            if table is not None:
-                table.lookup(batch.positions, out=rotation)
+            if table is not None and rotation is not None:
+                table.lookup(batch.positions, out=(rotation.cos, rotation.sin))
+                if batch.sink_positions is not None:
+                    table.lookup(batch.sink_positions, out=(rotation.sink_cos, rotation.sink_sin))
         return a
 
     @abstractmethod

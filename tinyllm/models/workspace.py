@@ -13,7 +13,18 @@ from tinyllm.config import ModelConfig
 
 __all__ = ["Activations", "Rotation", "Workspace", "workspace_shapes"]
 
-Rotation = tuple[F32Array, F32Array]  # cosines and sines, (T, R / 2) each
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Cosines and sines, (T, R / 2) each: of the tokens' positions, and of where their queries stand for the sinks.
+
+    The latter are set only in steps with such queries; see tinyllm.backends.base.Batch.sink_positions.
+    """
+
+    cos: F32Array
+    sin: F32Array
+    sink_cos: F32Array
+    sink_sin: F32Array
 
 
 def workspace_shapes(config: ModelConfig, max_tokens: int, max_logits_rows: int) -> dict[str, tuple[int, ...]]:
@@ -33,7 +44,9 @@ def workspace_shapes(config: ModelConfig, max_tokens: int, max_logits_rows: int)
         shapes["gate_up"] = (T, 2 * I)
     for name, rope in (("", config.rope), ("local_", config.local_rope)):
         if rope is not None:
-            shapes[f"{name}cos"] = shapes[f"{name}sin"] = (T, rope.rotary_dim // 2)
+            for part in ("cos", "sin", "sink_cos", "sink_sin"):
+                shapes[name + part] = (T, rope.rotary_dim // 2)
+            shapes["sink_q"] = (T, H * D)
     return shapes
 
 
@@ -45,9 +58,10 @@ class Activations:
         residual: (T, M) the residual stream.
         normed, branch: (T, M) a normed residual, and the output of attention or MLP.
         qkv: (T, (H + 2 KH) D); q: (T, H, D); k, v: (T, KH, D)
+        sink_q: (T, H, D) the query as the sinks see it; without heads where nothing is rotated.
         heads: (T, H, D) attention's output by head; attention: (T, H D), the same memory.
         gate_up: (T, 2I), empty for gpt2; mlp: (T, I)
-        rotation, local_rotation: cos and sin, (T, R / 2) each, where the model has them.
+        rotation, local_rotation: where the model has them.
     """
 
     residual: F32Array
@@ -57,6 +71,7 @@ class Activations:
     q: F32Array
     k: F32Array
     v: F32Array
+    sink_q: F32Array
     heads: F32Array
     attention: F32Array
     gate_up: F32Array
@@ -104,6 +119,11 @@ class Workspace:
         assert tokens <= self.max_tokens, f"{tokens} tokens in a workspace for {self.max_tokens}"
         H, KH, D = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         b = {name: buffer[:tokens] for name, buffer in self.buffers.items() if name != "logits"}
+        rotations = {
+            name: Rotation(*(b[name + part] for part in ("cos", "sin", "sink_cos", "sink_sin")))
+            for name in ("", "local_")
+            if f"{name}cos" in b
+        }
         split = b["qkv"].reshape(tokens, H + 2 * KH, D)
         return Activations(
             residual=b["residual"],
@@ -113,10 +133,11 @@ class Workspace:
             q=split[:, :H],
             k=split[:, H : H + KH],
             v=split[:, H + KH :],
+            sink_q=b["sink_q"].reshape(tokens, H, D) if "sink_q" in b else split[:, :0],
             heads=b["attention"].reshape(tokens, H, D),
             attention=b["attention"],
             gate_up=b.get("gate_up", b["mlp"][:, :0]),
             mlp=b["mlp"],
-            rotation=(b["cos"], b["sin"]) if "cos" in b else None,
-            local_rotation=(b["local_cos"], b["local_sin"]) if "local_cos" in b else None,
+            rotation=rotations.get(""),
+            local_rotation=rotations.get("local_"),
         )

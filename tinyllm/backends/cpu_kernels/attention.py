@@ -5,14 +5,22 @@ A layer's cache, for NB blocks of BS slots, KH heads and head dimension D (V's r
     K  (NB, KH, BS / 16, D, 16): tiles of sixteen keys, transposed: one load brings element d of sixteen keys
     V  (NB, KH, BS, D'): one load brings sixteen elements of a value
 
-The keys of a query at position p, from lowest = max(0, p - window + 1) to p, are cut at absolute positions:
+The keys of a query at position p, from lowest(p) to p, are cut at absolute positions:
 
-    split:  256 keys, with its own maximum m, sum l and accumulator acc; merged in ascending order at its end
+    part:   256 keys (a split), with its own maximum m, sum l and accumulator acc; merged in ascending order at its end
     tile:    64 keys, whose scores are exponentiated together and then multiplied with V key by key
 
-Keys outside [lowest, p] are never multiplied, and tiles without any key of a row leave that row as it is. So the order
-of a row's arithmetic depends on p and the window alone; rows are computed side by side only to share loads. A long
-decode runs one split per task and merges afterwards, with the same operations in the same order.
+Where a sequence streams (StreamingLLM, arXiv:2309.17453; here 4 sinks, window 8) a part before all others holds the
+sinks, which see the query as rotated for them, sink_q:
+
+    key     0 1 2 3 4 5 6 7 8 9 ...
+    p = 11  q q q q q q q q q q q q                 lowest(p) = 0 while sinks and window hold all keys: p < 12
+    p = 12  s s s s . q q q q q q q q               s: sink_q, part 0
+    p = 13  s s s s . . q q q q q q q q             .: never read; its block may be another's by now
+
+Other keys are never multiplied, and tiles without any key of a row leave that row as it is. So the order of a row's
+arithmetic depends on p, sinks and window alone; rows are computed side by side only to share loads. A long decode runs
+one part per task and merges afterwards, with the same operations in the same order.
 """
 
 from __future__ import annotations
@@ -48,6 +56,7 @@ from tinyllm.backends.cpu_kernels.simd import (
     load,
     load_f32,
     load_i32,
+    load_i64,
     maximum,
     pointer,
     splat,
@@ -58,8 +67,9 @@ from tinyllm.backends.cpu_kernels.simd import (
 )
 from tinyllm.backends.cpu_kernels.vmath import exp, exp_scalar, tanh
 
-__all__ = ["AttentionKernels", "attention_kernels", "partial_nbytes", "query_tile", "scratch_nbytes"]
+__all__ = ["NO_WINDOW", "AttentionKernels", "attention_kernels", "partial_nbytes", "query_tile", "scratch_nbytes"]
 
+NO_WINDOW = 1 << 40  # of a layer without a window: more than any sequence's
 _TILE_KEYS = 64
 _ROW_TILE = 8 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 4  # rows that share loads of K and V
 _QUERY_ROWS = 32  # rows (tokens x heads of one KV head) of a task, about
@@ -146,7 +156,7 @@ def _start_totals(state: int, total_acc: int, padded: int) -> None:
 
 @device
 def _merge(m: float, l: float, acc: int, padded: int, totals: int, total_acc: int) -> None:  # noqa: E741
-    """Merges a split into totals (m, l) and total_acc (arXiv:1805.02867)."""
+    """Merges a part into totals (m, l) and total_acc (arXiv:1805.02867)."""
     if m == -math.inf:
         return
     old_m = load_f32(totals)
@@ -156,6 +166,22 @@ def _merge(m: float, l: float, acc: int, padded: int, totals: int, total_acc: in
     store_f32(totals + 4, load_f32(totals + 4) * keep + l * weight)
     for d in range(0, padded, 16):
         store(total_acc + 4 * d, fma(load(acc + 4 * d), splat(weight), load(total_acc + 4 * d) * splat(keep)))
+
+
+@device
+def _mask_of(s: int, window: int, streams: int) -> tuple[int, int]:
+    """The window and the sinks of sequence s in a layer of that window."""
+    if streams != 0:
+        windows, num_sinks = load_i64(streams), load_i64(streams + 8)
+        if load_i32(windows + 4 * s) < window:
+            return load_i32(windows + 4 * s), load_i32(num_sinks + 4 * s)
+    return window, 0
+
+
+@device
+def _lowest_key(position: int, window: int, sinks: int) -> int:
+    """The first key that a query sees, the sinks' part left aside. It never decreases with the position."""
+    return position - window + 1 if position >= sinks + window else 0
 
 
 @device
@@ -170,8 +196,10 @@ def _finish(totals: int, total_acc: int, head_dim: int, out: int, lse: int) -> N
 class AttentionKernels:
     """The kernels of one cache dtype.
 
-    attention: a task is a tile of queries of one KV head, or where `results` is not 0 one of the `splits` of one
+    attention: a task is a tile of queries of one KV head, or where `results` is not 0 one of the `parts` of one
     decode query and KV head. combine: a task is one decode query and KV head, whose partial results it merges.
+    Part 0 holds the sinks, part 1 + i the query's i-th split. `streams`, where a sequence streams and else 0, is the
+    address of five int64: the addresses of windows, num_sinks (int32) and sink_q, and sink_q's strides.
     """
 
     attention: Kernel
@@ -240,11 +268,12 @@ def attention_kernels(dtype: str) -> AttentionKernels:
             key += run
 
     @device
-    def attend_split(
-        split: int, rows: int, heads: int, position: int, window: int, scale: float, cap: float, head_dim: int,
-        k: int, v: int, k_block_stride: int, v_block_stride: int, table: int, block_size: int, scratch: int,
+    def attend_part(
+        first_key: int, end_key: int, rows: int, heads: int, position: int, window: int, sinks: int, scale: float,
+        cap: float, head_dim: int, k: int, v: int, k_block_stride: int, v_block_stride: int, table: int,
+        block_size: int, scratch: int,
     ) -> None:  # fmt: skip
-        """One split for rows whose q lies in scratch; row r is at position + r // heads. Leaves m, l, acc there."""
+        """One part for rows whose q lies in scratch; row r is at position + r // heads. Leaves m, l, acc there."""
         padded = (head_dim + 15) // 16 * 16
         states, all_scores, accs, _, q = _scratch_parts(scratch, heads, head_dim)
         for r in range(rows):
@@ -252,14 +281,15 @@ def attention_kernels(dtype: str) -> AttentionKernels:
             store(states + 128 * r + 64, zeros())
             for d in range(0, padded, 16):
                 store(accs + 4 * (r * padded + d), zeros())
-        start = max(split, position - window + 1)
-        stop = min(split + SPLIT_KEYS, position + (rows - 1) // heads + 1)
+        start = max(first_key, _lowest_key(position, window, sinks))
+        stop = min(end_key, position + (rows - 1) // heads + 1)
         for tile in range(start // _TILE_KEYS * _TILE_KEYS, stop, _TILE_KEYS):
+            end_of_tile = min(tile + _TILE_KEYS, end_key)
             for r0 in range(0, rows, _ROW_TILE):
                 n = min(_ROW_TILE, rows - r0)
                 lowest_position, highest_position = position + r0 // heads, position + (r0 + n - 1) // heads
-                first = max(tile, lowest_position - window + 1)
-                end = min(tile + _TILE_KEYS, highest_position + 1)
+                first = max(tile, _lowest_key(lowest_position, window, sinks))
+                end = min(end_of_tile, highest_position + 1)
                 if first >= end:
                     continue
                 row_scores, acc = all_scores + 4 * r0 * _TILE_KEYS, accs + 4 * r0 * padded
@@ -273,19 +303,19 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                         scores_of_tile(q_rows, 4 * head_dim, keys, 16 * item, head_dim, score, 4 * _TILE_KEYS)
                 for r in range(n):
                     p = position + (r0 + r) // heads
-                    row_first, row_end = max(tile, p - window + 1), min(tile + _TILE_KEYS, p + 1)
+                    row_first, row_end = max(tile, _lowest_key(p, window, sinks)), min(end_of_tile, p + 1)
                     if row_first < row_end:
                         softmax_row(
                             row_scores + 4 * r * _TILE_KEYS, tile, row_first, row_end, scale, cap,
                             states + 128 * (r0 + r), acc + 4 * r * padded, padded,
                         )  # fmt: skip
-                same_keys = highest_position - window + 1 <= first and lowest_position + 1 >= end
+                same_keys = _lowest_key(highest_position, window, sinks) <= first and lowest_position + 1 >= end
                 if n > 1 and same_keys:
                     accumulate(True, row_scores, tile, first, end, v, v_block_stride, table, block_size, acc, padded)
                 else:
                     for r in range(n):
                         p = position + (r0 + r) // heads
-                        row_first, row_end = max(tile, p - window + 1), min(tile + _TILE_KEYS, p + 1)
+                        row_first, row_end = max(tile, _lowest_key(p, window, sinks)), min(end_of_tile, p + 1)
                         accumulate(
                             False, row_scores + 4 * r * _TILE_KEYS, tile, row_first, row_end, v, v_block_stride, table,
                             block_size, acc + 4 * r * padded, padded,
@@ -293,14 +323,15 @@ def attention_kernels(dtype: str) -> AttentionKernels:
 
     def attention(
         worker: int, begin: int, end: int, q: int, q_stride: int, q_head_stride: int, heads: int, kv_heads: int,
-        head_dim: int, k: int, v: int, k_head_stride: int, v_head_stride: int, block_size: int, cu_seqlens_q: int,
-        seq_lens: int, sequences: int, tables: int, table_stride: int, tile_tokens: int, splits: int, results: int,
-        scale: float, window: int, cap: float, out: int, out_stride: int, lse: int, scratch: int, scratch_stride: int,
+        head_dim: int, k: int, v: int, block_size: int, cu_seqlens_q: int, seq_lens: int, sequences: int, tables: int,
+        table_stride: int, streams: int, tile_tokens: int, parts: int, results: int, scale: float, layer_window: int,
+        cap: float, out: int, out_stride: int, lse: int, scratch: int, scratch_stride: int,
     ) -> None:  # fmt: skip
         padded = (head_dim + 15) // 16 * 16
+        k_head_stride, v_head_stride = block_size * head_dim * item, block_size * padded * item
         states, _, accs, total_accs, scratch_q = _scratch_parts(scratch + worker * scratch_stride, heads, head_dim)
         for task in range(begin, end):
-            tile, h, part = task // splits // kv_heads, task // splits % kv_heads, task % splits
+            tile, h = task // parts // kv_heads, task // parts % kv_heads
             # sequence s has the tiles from (cu_seqlens_q[s] - s) // tile_tokens + s: enough, sometimes one to spare
             s, above = 0, sequences
             while above - s > 1:
@@ -313,21 +344,35 @@ def attention_kernels(dtype: str) -> AttentionKernels:
             first = first_query + (tile - ((first_query - s) // tile_tokens + s)) * tile_tokens
             tokens = min(tile_tokens, end_query - first)
             position = load_i32(seq_lens + 4 * s) - (end_query - first)
-            first_split = max(0, position - window + 1) // SPLIT_KEYS
-            end_split = (position + tokens - 1) // SPLIT_KEYS + 1
+            window, sinks = _mask_of(s, layer_window, streams)
+            first_split = _lowest_key(position, window, sinks) // SPLIT_KEYS
+            # the tokens of the tile before the first that sees the sinks by themselves
+            early = max(0, min(tokens, sinks + window - position)) if sinks > 0 else tokens
+            first_part = 0 if early < tokens else 1
+            end_part = (position + tokens - 1) // SPLIT_KEYS - first_split + 2
             if results != 0:
-                first_split, end_split = max(first_split, part), min(end_split, part + 1)
-            if tokens <= 0 or first_split >= end_split:
+                first_part, end_part = max(first_part, task % parts), min(end_part, task % parts + 1)
+            if tokens <= 0 or first_part >= end_part:
                 continue
-            rows = tokens * heads
-            for r in range(rows):
-                t, head = first + r // heads, h * heads + r % heads
-                copy_floats(q + t * q_stride + head * q_head_stride, scratch_q + 4 * r * head_dim, head_dim)
+            for r in range(tokens * heads):
                 _start_totals(states + 128 * r, total_accs + 4 * r * padded, padded)
-            for split in range(first_split, end_split):
-                attend_split(
-                    split * SPLIT_KEYS, rows, heads, position, window, scale, cap, head_dim, k + h * k_head_stride,
-                    v + h * v_head_stride, kv_heads * k_head_stride, kv_heads * v_head_stride,
+            for part in range(first_part, end_part):
+                skipped, source, source_stride, source_head_stride = 0, q, q_stride, q_head_stride
+                first_key = (first_split + part - 1) * SPLIT_KEYS
+                end_key, part_window, part_sinks = first_key + SPLIT_KEYS, window, sinks
+                if part == 0:
+                    skipped, source = early, load_i64(streams + 16)
+                    source_stride, source_head_stride = load_i64(streams + 24), load_i64(streams + 32)
+                    first_key, end_key, part_window, part_sinks = 0, sinks, NO_WINDOW, 0
+                rows = (tokens - skipped) * heads
+                if part <= 1 or part == first_part:
+                    for r in range(rows):
+                        t, head = first + skipped + r // heads, h * heads + r % heads
+                        row_q = source + t * source_stride + head * source_head_stride
+                        copy_floats(row_q, scratch_q + 4 * r * head_dim, head_dim)
+                attend_part(
+                    first_key, end_key, rows, heads, position + skipped, part_window, part_sinks, scale, cap, head_dim,
+                    k + h * k_head_stride, v + h * v_head_stride, kv_heads * k_head_stride, kv_heads * v_head_stride,
                     tables + s * table_stride, block_size, scratch + worker * scratch_stride,
                 )  # fmt: skip
                 for r in range(rows):
@@ -339,28 +384,32 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                         store_f32(result + 4, l)
                         copy_floats(acc, result + 8, padded)
                     else:
-                        _merge(m, l, acc, padded, state + 8, total_accs + 4 * r * padded)
+                        r_total = skipped * heads + r
+                        _merge(m, l, acc, padded, states + 128 * r_total + 8, total_accs + 4 * r_total * padded)
             if results == 0:
-                for r in range(rows):
+                for r in range(tokens * heads):
                     t, head = first + r // heads, h * heads + r % heads
                     row_out = out + t * out_stride + 4 * head * head_dim
                     row_lse = lse + 4 * (t * kv_heads * heads + head)
                     _finish(states + 128 * r + 8, total_accs + 4 * r * padded, head_dim, row_out, row_lse)
 
     def combine(
-        worker: int, begin: int, end: int, heads: int, kv_heads: int, head_dim: int, seq_lens: int, splits: int,
-        window: int, results: int, out: int, out_stride: int, lse: int, scratch: int, scratch_stride: int,
+        worker: int, begin: int, end: int, heads: int, kv_heads: int, head_dim: int, seq_lens: int, streams: int,
+        parts: int, layer_window: int, results: int, out: int, out_stride: int, lse: int, scratch: int,
+        scratch_stride: int,
     ) -> None:  # fmt: skip
         padded = (head_dim + 15) // 16 * 16
         states, _, _, total_acc, _ = _scratch_parts(scratch + worker * scratch_stride, heads, head_dim)
         for task in range(begin, end):
             s, h = task // kv_heads, task % kv_heads
             position = load_i32(seq_lens + 4 * s) - 1
-            first_split = max(0, position - window + 1) // SPLIT_KEYS
+            window, sinks = _mask_of(s, layer_window, streams)
+            first_part = 0 if sinks > 0 and position >= sinks + window else 1
+            end_part = position // SPLIT_KEYS - _lowest_key(position, window, sinks) // SPLIT_KEYS + 2
             for r in range(heads):
                 _start_totals(states, total_acc, padded)
-                for split in range(first_split, position // SPLIT_KEYS + 1):
-                    result = results + ((task * splits + split) * heads + r) * 4 * (2 + padded)
+                for part in range(first_part, end_part):
+                    result = results + ((task * parts + part) * heads + r) * 4 * (2 + padded)
                     _merge(load_f32(result), load_f32(result + 4), result + 8, padded, states + 8, total_acc)
                 head = h * heads + r
                 row_lse = lse + 4 * (s * kv_heads * heads + head)

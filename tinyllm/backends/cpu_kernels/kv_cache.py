@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numpy.typing import NDArray
 
-from tinyllm.backends.base import KVCacheSpec
+from tinyllm.backends.base import F32Array, I32Array, KVCacheSpec
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.memory import aligned_zeros
 from tinyllm.backends.cpu_kernels.simd import (
@@ -28,7 +28,7 @@ from tinyllm.backends.cpu_kernels.simd import (
 )
 from tinyllm.errors import ConfigError
 
-__all__ = ["KVLayer", "PagedKVCache", "allocate", "cache_nbytes", "write_kernel"]
+__all__ = ["KVLayer", "PagedKVCache", "allocate", "cache_nbytes", "read", "write_kernel"]
 
 _STORAGE: dict[str, np.dtype[np.generic]] = {
     "f32": np.dtype(np.float32),
@@ -89,7 +89,21 @@ def allocate(spec: KVCacheSpec) -> PagedKVCache:
     return PagedKVCache(spec, tuple(layers))
 
 
-# ---- writing
+# ---- reading and writing
+
+
+def _widened(stored: NDArray[np.generic], dtype: str) -> F32Array:
+    if dtype == "bf16":
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float32)
+
+
+def read(layer: KVLayer, slots: I32Array) -> tuple[F32Array, F32Array]:
+    """The keys and values in slots (T,), (T, KH, D) each."""
+    blocks, offsets = np.divmod(slots, layer.block_size)
+    k = layer.k[blocks, :, offsets // 16, :, offsets % 16]
+    v = layer.v[blocks, :, offsets, : layer.head_dim]
+    return _widened(k, layer.dtype), _widened(v, layer.dtype)
 
 
 @instruction(types.void, types.int64, types.float32)
