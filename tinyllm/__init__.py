@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tinyllm.engine.snapshot import Snapshot as Snapshot
     from tinyllm.errors import (
         ConfigError as ConfigError,
         DeviceError as DeviceError,
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
         InvalidRequestError as InvalidRequestError,
         ModelFileError as ModelFileError,
         ModelNotFoundError as ModelNotFoundError,
+        RecordingError as RecordingError,
+        SnapshotError as SnapshotError,
         TinyLLMError as TinyLLMError,
         TokenizerError as TokenizerError,
     )
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
         StreamChunk as StreamChunk,
     )
     from tinyllm.sampling_params import SamplingParams as SamplingParams
+    from tinyllm.session import Session as Session
 
 __version__ = "0.1.0"
 
@@ -40,6 +44,8 @@ _ERRORS = (
     "InvalidRequestError",
     "ModelFileError",
     "ModelNotFoundError",
+    "RecordingError",
+    "SnapshotError",
     "TinyLLMError",
     "TokenizerError",
 )
@@ -47,6 +53,8 @@ _OUTPUTS = ("CompletionOutput", "Logprob", "RequestOutput", "ScoreOutput", "Stre
 _MODULES = {
     "LLM": "tinyllm.llm",
     "SamplingParams": "tinyllm.sampling_params",
+    "Session": "tinyllm.session",
+    "Snapshot": "tinyllm.engine.snapshot",
     **dict.fromkeys(_ERRORS, "tinyllm.errors"),
     **dict.fromkeys(_OUTPUTS, "tinyllm.outputs"),
 }

@@ -13,14 +13,19 @@ from numpy.typing import NDArray
 from tinyllm.backends import create_backend
 from tinyllm.config import EngineConfig
 from tinyllm.engine.llm_engine import LLMEngine
+from tinyllm.engine.request_loop import RequestLoop
 from tinyllm.engine.sequence import Task
+from tinyllm.engine.snapshot import Snapshot
 from tinyllm.engine.text import TextDecoder
-from tinyllm.errors import InvalidRequestError, ModelFileError
+from tinyllm.errors import InvalidRequestError, ModelFileError, SnapshotError
 from tinyllm.hub import resolve
 from tinyllm.models.registry import load_model, model_config
 from tinyllm.outputs import RequestOutput, ScoreOutput, StreamChunk
 from tinyllm.plan import plan_memory
+from tinyllm.recording.recorder import Recorder
 from tinyllm.sampling_params import SamplingParams
+from tinyllm.session import Session
+from tinyllm.snapshot_file import check_snapshot, load_snapshot
 from tinyllm.tokenizer import Tokenizer
 from weights import Checkpoint, WeightsError, open_checkpoint
 
@@ -36,6 +41,7 @@ class LLM:
     Args:
         model: a registered name, a `.gguf` file, a Hugging Face folder, or a hub id "org/name".
         on_event: receives one-line notices, such as that kernels are being compiled; they are dropped by default.
+        record: a file to record every step in; see tinyllm.recording.events.
         **engine_options: the fields of EngineConfig: max_batch_tokens, block_size, num_blocks, kv_dtype, device, ...
 
     Attributes:
@@ -43,17 +49,25 @@ class LLM:
         engine_config: how it runs (EngineConfig).
         tokenizer: None if the model has none; it then serves token ids only.
         memory: what the weights, the KV cache and the workspace take, in bytes (MemoryPlan).
+        recorder: what writes the recording (Recorder), or None.
 
     Raises:
         ModelNotFoundError, DownloadError: there is no such model, or it cannot be fetched.
         ModelFileError, ConfigError, TokenizerError: its files are damaged or not supported.
         DeviceError: the device is unknown or absent.
+        RecordingError: the recording cannot be written.
     """
 
     def __init__(
-        self, model: str | Path, *, on_event: Callable[[str], None] | None = None, **engine_options: Any
+        self,
+        model: str | Path,
+        *,
+        on_event: Callable[[str], None] | None = None,
+        record: str | Path | None = None,
+        **engine_options: Any,
     ) -> None:
         self.engine_config = EngineConfig.from_options(engine_options)
+        self.recorder = None if record is None else Recorder(record, on_error=on_event)
         backend = create_backend(self.engine_config.device, self.engine_config.num_threads, on_event=on_event)
         checkpoint = open_model(model)
         try:
@@ -77,8 +91,9 @@ class LLM:
             make_decoder=None if tokenizer is None else _decoder_factory(tokenizer),
             token_text=None if tokenizer is None else tokenizer.token_text,
         )
-        self._next_id = 0
-        self._inbox: dict[str, list[StreamChunk | RequestOutput]] = {}
+        self._loop = RequestLoop(self.engine)
+        if self.recorder is not None:
+            self.recorder.attach(self.engine, model)
 
     # ---- generation
 
@@ -123,6 +138,45 @@ class LLM:
         """The same, yielding text as it is made."""
         return self.stream(self.encode_chat(messages), sampling_params)
 
+    # ---- sessions
+
+    def session(
+        self, prompt: Prompt = "", *, window: int | None = None, sinks: int = 4, cache_salt: str = ""
+    ) -> Session:
+        """A sequence that stays in the KV cache between calls, to be continued, forked, saved; it begins with `prompt`.
+
+        Args:
+            window, sinks, cache_salt: see SamplingParams; they are those of every request of the session.
+
+        Raises:
+            InvalidRequestError: the prompt or a setting cannot be served.
+        """
+        settings = SamplingParams(window=window, sinks=sinks, cache_salt=cache_salt)
+        self.engine.check_request([0], settings, Task.PREFILL)
+        session = Session(self, self._loop, settings)
+        session.append(prompt)
+        return session
+
+    def restore(self, source: Snapshot | str | Path) -> Session:
+        """A session from a snapshot or the file of one; it continues bit for bit where the first one stood.
+
+        Raises:
+            SnapshotError: it is damaged, or of another model, device, version or kv_dtype; nothing has changed.
+        """
+        if isinstance(source, Snapshot):
+            snapshot, where = source, ""
+            check_snapshot(snapshot)
+        elif isinstance(source, (str, Path)):
+            snapshot, where = load_snapshot(source), f"{source}: "
+        else:
+            raise InvalidRequestError(f"restore takes a snapshot or a path, not a {type(source).__name__}")
+        try:
+            with self._loop.turn() as engine:
+                parked = engine.restore(snapshot)
+        except (SnapshotError, InvalidRequestError) as error:
+            raise SnapshotError(f"{where}{error}") from None
+        return Session(self, self._loop, parked.request.params, parked)
+
     # ---- numbers
 
     def score(self, prompt: Prompt) -> ScoreOutput:
@@ -153,12 +207,17 @@ class LLM:
 
     # ---- text
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt; ids pass through unchecked. Raises InvalidRequestError."""
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a prompt; ids pass through unchecked. Raises InvalidRequestError.
+
+        add_special_tokens: put bos (and eos) around a text where the model asks for them.
+        """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequestError("this model has no tokenizer: pass token ids")
-            return self.tokenizer.encode(prompt, max_tokens=self.memory.max_sequence_len)
+            return self.tokenizer.encode(
+                prompt, add_special_tokens=add_special_tokens, max_tokens=self.memory.max_sequence_len
+            )
         if isinstance(prompt, np.ndarray):
             if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
                 raise InvalidRequestError(f"token ids must be a 1-D integer array, not {prompt.dtype} {prompt.shape}")
@@ -178,20 +237,7 @@ class LLM:
 
     def _add(self, prompt: Prompt, token_ids: list[int], params: SamplingParams, task: Task) -> str:
         """Starts a request for a prompt that was encoded already."""
-        self._next_id += 1
-        request_id = str(self._next_id)
-        text = prompt if isinstance(prompt, str) else None
-        self.engine.add_request(request_id, token_ids, params, prompt=text, task=task)
-        self._inbox[request_id] = []
-        return request_id
-
-    def _step(self) -> None:
-        """One step of the engine; what it brings goes to whoever waits for it: several iterators may be open."""
-        result = self.engine.step()
-        for request_id, chunk in result.chunks:
-            self._inbox[request_id].append(chunk)
-        for output in result.finished:
-            self._inbox[output.request_id].append(output)
+        return self._loop.add(token_ids, params, task, prompt=prompt if isinstance(prompt, str) else None)
 
     def _run(
         self,
@@ -214,10 +260,9 @@ class LLM:
                 ids.append(self._add(prompt, token_ids, one, task))
             waiting = {request_id: index for index, request_id in enumerate(ids)}
             while waiting:
-                self._step()
+                self._loop.step()
                 for request_id, index in list(waiting.items()):
-                    output = next((o for o in self._inbox[request_id] if isinstance(o, RequestOutput)), None)
-                    self._inbox[request_id].clear()
+                    output = next((o for o in self._loop.take(request_id) if isinstance(o, RequestOutput)), None)
                     if output is not None:
                         outputs[request_id] = output
                         del waiting[request_id]
@@ -225,29 +270,15 @@ class LLM:
                             on_finish(index, output)
         finally:
             for request_id in ids:
-                self._drop(request_id)
+                self._loop.drop(request_id)
         return [outputs[request_id] for request_id in ids]
 
     def _chunks(self, prompt: Prompt, token_ids: list[int], params: SamplingParams) -> Iterator[StreamChunk]:
         request_id = self._add(prompt, token_ids, params, Task.GENERATE)
         try:
-            while True:
-                inbox, self._inbox[request_id] = self._inbox[request_id], []
-                for item in inbox:
-                    if isinstance(item, StreamChunk):
-                        yield item
-                    elif item.error is not None:
-                        raise InvalidRequestError(item.error)
-                    else:
-                        return
-                if not inbox:
-                    self._step()
+            yield from self._loop.follow(request_id)
         finally:
-            self._drop(request_id)
-
-    def _drop(self, request_id: str) -> None:
-        self.engine.abort(request_id)
-        self._inbox.pop(request_id, None)
+            self._loop.drop(request_id)
 
     def _rows(self, prompts: Sequence[Prompt], task: Task) -> list[NDArray[np.float32]]:
         outputs = self._run(prompts, [SamplingParams()] * len(prompts), task)

@@ -191,6 +191,10 @@ class SamplingParams:
         store("sinks", as_int(self.sinks, "sinks", 0, MAX_SINKS))
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT_LENGTH:
             raise InvalidRequestError(f"cache_salt must be a string of at most {MAX_SALT_LENGTH} characters")
+        try:
+            self.cache_salt.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequestError("cache_salt is not valid Unicode") from None
         store("priority", as_int(self.priority, "priority", -(1 << 31), 1 << 31))
         store("max_tokens", as_int(self.max_tokens, "max_tokens", 1, 1 << 40))
         store("min_tokens", as_int(self.min_tokens, "min_tokens", 0, self.max_tokens))

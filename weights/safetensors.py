@@ -18,7 +18,7 @@ from weights.json_file import parse_json_object
 from weights.mapped import MappedFile
 from weights.tensor import Tensor
 
-__all__ = ["DTYPES", "read_safetensors"]
+__all__ = ["DTYPES", "read_safetensors", "read_safetensors_file"]
 
 DTYPES = ("F32", "F16", "BF16")  # those that a model's parameters may have
 ITEM_NBYTES = {
@@ -36,6 +36,11 @@ def read_safetensors(file: MappedFile) -> dict[str, Tensor]:
     are listed, since old checkpoints carry such buffers, but have no values here. Empty tensors are refused: no
     supported model has a use for them. Raises WeightsError.
     """
+    return read_safetensors_file(file)[0]
+
+
+def read_safetensors_file(file: MappedFile, *, allow_empty: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same tensors, and the file's `__metadata__`. Raises WeightsError."""
 
     def fail(cause: str) -> NoReturn:
         raise WeightsError(f"{file.path}: {cause}")
@@ -56,7 +61,7 @@ def read_safetensors(file: MappedFile) -> dict[str, Tensor]:
     extra = header.pop("__metadata__", {})
     if not isinstance(extra, dict) or not all(isinstance(v, str) for v in extra.values()):
         fail("__metadata__ must map strings to strings")
-    infos = [_tensor_info(name, info, file.path) for name, info in header.items()]
+    infos = [_tensor_info(name, info, file.path, allow_empty) for name, info in header.items()]
     tensors, end_of_previous = {}, 0
     for name, shape, dtype, begin, end in sorted(infos, key=lambda info: info[3:]):
         if begin != end_of_previous:
@@ -66,10 +71,10 @@ def read_safetensors(file: MappedFile) -> dict[str, Tensor]:
         tensors[name] = Tensor(name, shape, dtype, file.data[base + begin : base + end])
     if base + end_of_previous != file.size:
         fail(f"truncated or damaged: its tensors end at byte {base + end_of_previous}, it at {file.size}")
-    return tensors
+    return tensors, extra
 
 
-def _tensor_info(name: str, info: Any, path: Path) -> tuple[str, tuple[int, ...], str, int, int]:
+def _tensor_info(name: str, info: Any, path: Path, allow_empty: bool) -> tuple[str, tuple[int, ...], str, int, int]:
     """Checks one entry of the header -> name, shape, dtype, begin, end."""
 
     def fail(cause: str) -> NoReturn:
@@ -82,7 +87,7 @@ def _tensor_info(name: str, info: Any, path: Path) -> tuple[str, tuple[int, ...]
         fail(f"dtype {quoted(dtype)} is unknown")
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_size(n) for n in shape):
         fail(f"the shape must be a list of at most {MAX_DIMS} sizes")
-    if 0 in shape or prod(shape) >= 1 << 63:
+    if (0 in shape and not allow_empty) or prod(shape) >= 1 << 63:
         fail(f"impossible shape {shape}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         fail("data_offsets must be two sizes")

@@ -24,6 +24,8 @@ examples:
   tinyllm generate "Once upon a time"
   tinyllm generate --temperature 0 --max-tokens 20 "The capital of France is"
   echo "Once upon a time" | tinyllm generate --n 2
+  tinyllm generate --beams 4 "The capital of France is"
+  tinyllm generate --sinks 4 --window 1020 --max-tokens 100000 --ignore-eos "Once upon a time"
   tinyllm generate --input prompts.jsonl --json > answers.jsonl
 
 Without a prompt, or for "-", the prompt is all of stdin less one trailing newline. A prompt that starts with a
@@ -35,7 +37,8 @@ line is named on stderr, the others still run, and the exit status is 2.
 
 --json prints one object a prompt, in their order: index, prompt, prompt_token_ids, text, token_ids, finish_reason
 ("stop", "length" or "error"), stop_reason; with --n above 1, those are the first sample's, and "outputs" lists all
-n of them. A prompt that could not be served has finish_reason "error" and the message in "error".
+n of them. --beams and --best-of add the "score" by which they were chosen. A prompt that could not be served has
+finish_reason "error" and the message in "error".
 
 Sampling is reproducible: the same options and --seed (0 by default) give the same text.
 """
@@ -52,9 +55,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--input", "-i", metavar="FILE", help='prompts from a JSONL file ("-": stdin)')
     options.add_model_option(parser)
     options.add_sampling_options(parser, max_tokens=128)
-    parser.add_argument("--n", type=int, default=1, metavar="N", help="samples for each prompt (default: 1)")
+    options.add_search_options(parser)
     options.add_engine_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    parser.add_argument(
+        "--record", metavar="FILE", help="write every step to FILE (JSONL), for `tinyllm replay` and `tinyllm timeline`"
+    )
     parser.add_argument("--quiet", "-q", action="store_true", help="no statistics and no progress bar")
     parser.set_defaults(run=run)
 
@@ -67,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
         return 2
     llm = options.load_llm(args)
     items = [_checked(llm, item) for item in items]
-    if len(items) == 1 and not args.json:
-        return _run_stream(llm, items[0], args)
-    return _run_batch(llm, items, args)
+    streamed = len(items) == 1 and not args.json
+    status = _run_stream(llm, items[0], args) if streamed else _run_batch(llm, items, args)
+    return 2 if args.record is not None and llm.recorder is not None and llm.recorder.error else status
 
 
 def _report(item: PromptItem) -> None:
@@ -100,7 +106,7 @@ def _run_stream(llm: LLM, item: PromptItem, args: argparse.Namespace) -> int:
         stats.add(len(chunk.token_ids))
         writer.add(chunk.index, chunk.text, finished=chunk.finish_reason is not None)
     if not args.quiet:
-        stats.report(llm, len(item.token_ids), since_start=True)
+        stats.report(llm, len(item.token_ids), since_start=True, at_end=item.params.ranked)
     return 0
 
 
@@ -201,6 +207,7 @@ def _as_json(index: int, item: PromptItem, output: RequestOutput | None) -> dict
             "token_ids": sample.token_ids,
             "finish_reason": sample.finish_reason,
             "stop_reason": sample.stop_reason,
+            **({} if sample.score is None else {"score": sample.score}),
         }
         for sample in output.outputs
     ]

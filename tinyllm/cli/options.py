@@ -20,6 +20,7 @@ __all__ = [
     "add_engine_options",
     "add_model_option",
     "add_sampling_options",
+    "add_search_options",
     "checked_text",
     "engine_options",
     "load_llm",
@@ -49,6 +50,12 @@ _SAMPLING_OPTIONS = {  # field of SamplingParams -> option
     "seed": "--seed",
     "stop": "--stop",
     "n": "--n",
+    "best_of": "--best-of",
+    "beams": "--beams",
+    "length_penalty": "--length-penalty",
+    "early_stopping": "--early-stopping",
+    "window": "--window",
+    "sinks": "--sinks",
     "ignore_eos": "--ignore-eos",
 }
 
@@ -132,6 +139,52 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) ->
         help="end before this text would appear (in bash, $'\\n' is a newline); may be given several times",
     )
     add("--ignore-eos", action="store_true", help="go on past the end-of-text token")
+    add(
+        "--window",
+        type=int,
+        metavar="N",
+        help="StreamingLLM: see only the last N tokens and the sinks; text may grow without end in constant memory",
+    )
+    add(
+        "--sinks",
+        type=int,
+        metavar="N",
+        default=4,
+        help="with --window, the first N tokens of the prompt, which are always seen (default: 4)",
+    )
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """How many continuations a prompt has, and how the best are found."""
+    group = parser.add_argument_group("several continuations")
+    add = group.add_argument
+    add("--n", type=int, default=1, metavar="N", help="continuations for each prompt (default: 1)")
+    add("--best-of", type=int, metavar="N", help="sample N, and give the --n with the highest log-probability a token")
+    add(
+        "--beams",
+        type=int,
+        metavar="N",
+        help="beam search with N beams instead of sampling; gives the --n best (temperature and the like play no part)",
+    )
+    add(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        default=1.0,
+        help="beam search divides a sum of log-probabilities by (tokens generated) ** X (default: 1)",
+    )
+    add(
+        "--early-stopping",
+        type=_early_stopping,
+        metavar="WHEN",
+        default=False,
+        help="beam search ends: true, with N finished; false, when the best beam could not win now; never, when it "
+        "could not win at any length (default: false)",
+    )
+
+
+def _early_stopping(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 @contextmanager
@@ -186,4 +239,6 @@ def load_llm(args: argparse.Namespace) -> LLM:
     from tinyllm.llm import LLM
 
     with naming_options():
-        return LLM(model_name(args), on_event=console.notice, **engine_options(args))
+        return LLM(
+            model_name(args), on_event=console.notice, record=getattr(args, "record", None), **engine_options(args)
+        )

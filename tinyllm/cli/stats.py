@@ -18,7 +18,7 @@ _IMPORTED_AT = time.monotonic()  # a few milliseconds after the process began
 
 
 class StreamStats:
-    """Of one prompt whose tokens arrive as they are made. Prefill ends with the first token."""
+    """Of one prompt whose tokens arrive as they are made, or all at the end. Prefill ends with the first token."""
 
     def __init__(self) -> None:
         self._begin = time.monotonic()
@@ -33,9 +33,17 @@ class StreamStats:
         if self._first is None and tokens:
             self._first, self._first_tokens = self._last, tokens
 
-    def report(self, llm: LLM, prompt_tokens: int, *, since_start: bool = False) -> None:
-        """Two lines; `since_start` adds how long after the program's start the first token came, loading included."""
+    def report(self, llm: LLM, prompt_tokens: int, *, since_start: bool = False, at_end: bool = False) -> None:
+        """Two lines; `since_start` adds how long after the program's start the first token came, loading included.
+
+        at_end: the text was chosen among others at the end, so there was no first token to see.
+        """
         first = self._first if self._first is not None else self._last
+        if at_end:
+            seconds = self._last - self._begin
+            console.notice(f"prompt {prompt_tokens} tokens, generated {self._tokens} tokens in {seconds:.2f} s")
+            console.notice(_memory(llm))
+            return
         prefill, decode = first - self._begin, self._last - first
         console.notice(
             f"prompt {prompt_tokens} tokens in {prefill:.2f} s ({rate(prompt_tokens, prefill)}), "

@@ -45,7 +45,7 @@ def _block_tables(sequences: Seq[Sequence], block_size: int) -> I32Array:
     for row, table, sequence in zip(result, tables, sequences, strict=True):
         live = sequence.num_released_blocks
         if live:
-            sinks = -(-sequence.request.sinks // block_size)
+            sinks = min(-(-sequence.request.sinks // block_size), len(table))
             row[:sinks] = table[:sinks]
         row[live : len(table)] = table[live:]
     return result

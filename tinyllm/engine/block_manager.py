@@ -96,13 +96,15 @@ class BlockManager:
             As append_slots; None, and nothing has changed, if blocks run short.
         """
         assert not sequence.block_table and sequence.num_computed_tokens == 0
+        unseen = self._unseen(sequence, num_prefix_tokens, len(prefix))
+        prefix = [RELEASED if i in unseen else block for i, block in enumerate(prefix)]
         idle = sum(1 for block in prefix if block != RELEASED and self.ref_counts[block] == 0)
         needed = max(0, -(-(num_prefix_tokens + num_tokens) // self.block_size) - len(prefix))
         copied = num_prefix_tokens // self.block_size < len(prefix)  # it begins within a block of the prefix
         if needed + copied + idle > len(self._free):
             return None
         self._hold(prefix)
-        sequence.block_table = list(prefix)
+        sequence.block_table = prefix
         sequence.num_computed_tokens = num_prefix_tokens
         sequence.num_hashed_blocks = num_prefix_tokens // self.block_size
         sequence.num_released_blocks = max((i for i, block in enumerate(prefix, 1) if block == RELEASED), default=0)
@@ -139,18 +141,18 @@ class BlockManager:
         sequence.block_table = []
         sequence.num_computed_tokens = sequence.num_hashed_blocks = sequence.num_released_blocks = 0
 
+    def sees_all(self, sequence: Sequence, position: int) -> bool:
+        """Whether tokens from `position` on would still find all blocks that they read: none was given back."""
+        released = sequence.num_released_blocks
+        return self._unseen(sequence, position, released).stop >= released
+
     def release_unseen(self, sequence: Sequence) -> None:
         """Gives back the blocks that no token from num_computed_tokens on will read, by the request's window."""
-        window = sequence.request.window
-        if window is None:
-            return
-        # the next token sees the keys after num_computed_tokens - window, and the sinks
-        end = min(max(0, sequence.num_computed_tokens + 1 - window) // self.block_size, len(sequence.block_table))
-        num_sink_blocks = -(-sequence.request.sinks // self.block_size)
-        for i in range(max(sequence.num_released_blocks, num_sink_blocks), end):
+        unseen = self._unseen(sequence, sequence.num_computed_tokens, len(sequence.block_table))
+        for i in range(max(sequence.num_released_blocks, unseen.start), unseen.stop):
             self._drop(sequence.block_table[i])
             sequence.block_table[i] = RELEASED
-        sequence.num_released_blocks = max(sequence.num_released_blocks, end)
+        sequence.num_released_blocks = max(sequence.num_released_blocks, unseen.stop)
 
     # ---- prefixes
 
@@ -215,6 +217,15 @@ class BlockManager:
             assert len(cached.token_ids) == self.block_size
 
     # ---- parts
+
+    def _unseen(self, sequence: Sequence, num_computed_tokens: int, num_blocks: int) -> range:
+        """Which of its first blocks no token from num_computed_tokens on will read, by the request's window."""
+        window = sequence.request.window
+        if window is None:
+            return range(0)
+        # the next token sees the keys after num_computed_tokens - window, and the sinks
+        end = min(max(0, num_computed_tokens + 1 - window) // self.block_size, num_blocks)
+        return range(-(-sequence.request.sinks // self.block_size), end)
 
     def _is_own(self, block: int) -> bool:
         """Whether its one holder may write to it."""

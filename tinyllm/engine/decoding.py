@@ -53,7 +53,7 @@ class Decoding:
                 num_top = request.params.prompt_logprobs or 0
                 token = request.prompt_token_ids[position + 1]
                 request.prompt_logprobs.append(token_logprobs(logits, token, num_top))
-        elif position + 1 == sequence.num_tokens:
+        elif position + 1 == sequence.num_tokens and sequence.finish_reason is None:  # else interrupted at its end
             try:
                 if request.beam_search is None:
                     self._sample(sequence, logits)

@@ -190,6 +190,8 @@ class LLMEngine:
             self._collect_rows(output.scheduled, hidden)
         except BaseException:  # an interrupt too: what was scheduled did not all happen
             self.scheduler.undo(output)
+            if self.observer is not None:
+                self.observer.step_undone()
             raise
         stepped = list(dict.fromkeys(item.sequence.request for item in output.scheduled))
         result = self._finish_step(stepped)
@@ -204,7 +206,7 @@ class LLMEngine:
     def check_invariants(self) -> None:
         """Asserts that blocks and tables agree; see BlockManager.check."""
         live = [sequence for request in self.requests.values() for sequence in request.sequences]
-        self.block_manager.check([*live, *self.scheduler.parked])
+        self.block_manager.check({*live, *self.scheduler.parked})  # one that is kept may be both
 
     def _collect_rows(self, scheduled: Seq[ScheduledSequence], hidden: F32Array) -> None:
         """Takes what each sequence needs from the step's hidden states (T, M), and advances the sequences."""
@@ -235,6 +237,8 @@ class LLMEngine:
         for request in stepped:
             search = request.beam_search
             if request.error is not None:
+                if search is not None:
+                    self._decoding.finish_search(request, search, "error")
                 for sequence in request.sequences:
                     if sequence.finish_reason is None:
                         sequence.finish_reason = "error"
@@ -247,14 +251,15 @@ class LLMEngine:
             if not request.params.ranked:
                 chunks += [(request.request_id, stream_chunk(s)) for s in request.sequences if s.has_news]
             for sequence in request.sequences:
-                if sequence.finish_reason is not None and sequence.status is not SequenceStatus.FINISHED:
+                if sequence.finish_reason is not None and sequence.status in (
+                    SequenceStatus.WAITING,
+                    SequenceStatus.RUNNING,
+                ):
                     self._retire(sequence)
             if request.finished:
-                if request.params.best_of is not None and request.error is None:
-                    self._decoding.choose_best(request)
+                finished.append(self._end(request, None))
                 if request.params.ranked:
                     chunks += [(request.request_id, stream_chunk(s)) for s in request.sequences]
-                finished.append(self._end(request, None))
         return StepResult(chunks, finished)
 
     def _end(self, request: Request, reason: str | None) -> RequestOutput:
@@ -267,7 +272,10 @@ class LLMEngine:
                     sequence.finish_reason = reason
                     sequence.text.finish()
                 self._retire(sequence)
+        if request.params.best_of is not None:
+            self._decoding.choose_best(request)
         del self.requests[request.request_id]
+        request.resume_from = None  # else a kept sequence would hold all that it was continued from
         return request_output(request, self._token_text)
 
     def _retire(self, sequence: Sequence) -> None:

@@ -29,3 +29,7 @@ class EngineObserver(Protocol):
     def step_finished(self, output: SchedulerOutput, finished: list[Request]) -> None:
         """A step has run: tokens are appended, and the requests in `finished` have left the engine."""
         ...
+
+    def step_undone(self) -> None:
+        """A step failed or was interrupted: what it scheduled will be computed again, and blocks changed hands."""
+        ...

@@ -16,7 +16,7 @@ TokenText = Callable[[int], str]
 
 def stream_chunk(sequence: Sequence) -> StreamChunk:
     """What the sequence gained since the last chunk."""
-    new = sequence.output_token_ids[sequence.num_streamed_tokens :]
+    new = sequence.token_ids[sequence.num_prompt_tokens + sequence.num_streamed_tokens :]
     sequence.num_streamed_tokens = sequence.num_output_tokens
     text = sequence.text.take(final=sequence.finish_reason is not None)
     return StreamChunk(sequence.index, text, new, sequence.finish_reason)

@@ -93,6 +93,7 @@ class Parking:
         request.prefix_root = root_hash(request.prefix_root, "restored", self._num_restored)
         text = TextStream(None, (), include_stop=False)
         sequence = Sequence(request, 0, request.prompt_token_ids.copy(), text, TokenHistory.of(()))
+        sequence.status = SequenceStatus.FINISHED
         self._check_held(snapshot, request.window, request.sinks)
         self._fill(sequence, snapshot)
         self.scheduler.park(sequence)
@@ -117,7 +118,8 @@ class Parking:
             return
         seen = np.arange(computed)
         if window is not None:
-            seen = seen[(seen < sinks) | (seen > computed - window)]
+            next_token = min(computed, len(snapshot.token_ids) - 1)  # the last token may run again, for its logits
+            seen = seen[(seen < sinks) | (seen > next_token - window)]
         if not np.isin(seen, snapshot.positions).all():
             raise SnapshotError("the snapshot lacks keys and values that its next token would see")
 

@@ -139,9 +139,9 @@ class Scheduler:
     def undo(self, output: SchedulerOutput) -> None:
         """Takes back a step that was scheduled but not run to its end: its sequences will be computed again."""
         self.block_manager.uncache(output.newly_cached)
-        for item in output.scheduled:
-            if item.sequence.status is SequenceStatus.RUNNING:
-                self._preempt(item.sequence)
+        requests = {item.sequence.request for item in output.scheduled}
+        for sequence in [s for s in self.running if s.request in requests]:  # those forked off meanwhile too
+            self._preempt(sequence)
 
     def _yield_to_urgent(self, step: _Step) -> None:
         """Where the first in the queue has no room, running sequences of lower priority make it."""
@@ -149,11 +149,15 @@ class Scheduler:
             first, last = self.waiting[0], max(self.running, key=lambda s: s.order)
             if last.request.params.priority >= first.request.params.priority:
                 return
-            needed = -(-min(first.num_due_tokens, self.max_batch_tokens) // self.block_manager.block_size)
-            if self._free_places() >= self._places(first) and needed <= self.block_manager.num_free_blocks:
+            num_tokens = min(first.num_due_tokens, self.max_batch_tokens, self._max_chunk(first))
+            if self._free_places() < self._places(first):
+                victim = last
+            elif -(-num_tokens // self.block_manager.block_size) <= self.block_manager.num_free_blocks:
                 return
-            self._preempt(last)
-            step.preempted.append(last)
+            else:
+                victim = self._victim()
+            self._preempt(victim)
+            step.preempted.append(victim)
 
     def _continue_running(self, step: _Step) -> bool:
         """Returns whether some running sequence had to be preempted."""
@@ -217,7 +221,7 @@ class Scheduler:
         parent = sequence.request.resume_from
         if parent is not None:
             resumed = min(parent.num_computed_tokens, sequence.max_prefix_tokens)
-            if resumed > num_tokens:
+            if resumed > num_tokens and self.block_manager.sees_all(parent, resumed):
                 return parent.block_table[: -(-resumed // self.block_manager.block_size)], resumed
         return prefix, num_tokens
 
@@ -232,7 +236,10 @@ class Scheduler:
         return max_windowed_chunk(request.window, request.sinks, blocks.num_blocks, blocks.block_size)
 
     def _victim(self) -> Sequence:
-        return next(iter(self.parked)) if self.parked else max(self.running, key=lambda s: s.order)
+        if self.parked:
+            return next(iter(self.parked))
+        # of the last request, a beam at rest before one that may be waiting for its blocks
+        return max(self.running, key=lambda s: (s.order[:2], s.num_due_tokens == 0, s.index))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes the blocks from a sequence; a running one waits, in its order, to be computed again."""
