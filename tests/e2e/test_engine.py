@@ -139,6 +139,177 @@ def test_aborting_neighbours_changes_nothing_and_frees_their_blocks() -> None:
     assert [o.token_ids for o in done["r3"].outputs] == alone["r3"]
 
 
+def test_best_of_gives_the_likeliest_of_what_n_would_give() -> None:
+    prompt = random_prompt(18)
+    engine = tiny_engine()
+    engine.add_request("all", prompt, SamplingParams(n=6, max_tokens=9, logprobs=0, temperature=1.5))
+    samples = run_all(engine)["all"].outputs
+    scores = {i: sum(next(iter(e.values())).logprob for e in o.logprobs or ()) / 9 for i, o in enumerate(samples)}
+    expected = sorted(scores, key=lambda i: -scores[i])[:2]
+    assert expected != [0, 1], "the choice must differ from the first ones to show anything"
+    engine.add_request("best", prompt, SamplingParams(n=2, best_of=6, max_tokens=9, temperature=1.5))
+    chunks = []
+    finished: list[Any] = []
+    while engine.has_unfinished_requests():
+        result = engine.step()
+        chunks += [chunk for _, chunk in result.chunks]
+        finished += result.finished
+    best = finished[0].outputs
+    assert [o.token_ids for o in best] == [samples[i].token_ids for i in expected]
+    assert [o.score for o in best] == pytest.approx([scores[i] for i in expected])
+    assert [(c.index, c.token_ids) for c in chunks] == [(i, o.token_ids) for i, o in enumerate(best)]
+
+
+def computed_tokens(engine: Any) -> list[int]:
+    """The tokens that go through the model, step by step, from now on."""
+    counts: list[int] = []
+    forward = engine.runner.forward
+
+    def counted(batch: Any, copies: Any) -> Any:
+        counts.append(len(batch.token_ids))
+        return forward(batch, copies)
+
+    engine.runner.forward = counted
+    return counts
+
+
+def test_requests_in_one_step_share_what_the_first_of_them_is_computing() -> None:
+    engine = tiny_engine(max_batch_tokens=128)
+    counts = computed_tokens(engine)
+    prompt = random_prompt(50)
+    for name in "abc":
+        engine.add_request(name, prompt, SamplingParams(max_tokens=5, temperature=0))
+    outputs = run_all(engine)
+    assert counts[0] == 50 + 2 + 2, "48 of 50 tokens lie in full blocks"
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs.values()}) == 1
+    assert outputs["a"].outputs[0].token_ids == generate(tiny_engine(), prompt, max_tokens=5, temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("second", "hit"),
+    [
+        ({}, 48),
+        ({"cache_salt": "b"}, 0),
+        ({"window": 40}, 0),
+        ({"prompt_logprobs": 0}, 0),
+    ],
+)
+def test_what_a_later_request_need_not_compute(second: dict[str, Any], hit: int) -> None:
+    """A full match leaves the last token to run; another salt or window shares nothing; log-probabilities need all."""
+    engine = tiny_engine(max_batch_tokens=128)
+    counts = computed_tokens(engine)
+    prompt = random_prompt(49)
+    generate(engine, prompt, max_tokens=1)
+    generate(engine, prompt, max_tokens=1, **second)
+    assert counts == [49, 49 - hit]
+    generate(engine, prompt[:48], max_tokens=1)
+    assert counts[2] == 48 - 32, "a hit of at most the prompt less one token, in full blocks"
+
+
+def test_prefix_caching_can_be_switched_off() -> None:
+    engine = tiny_engine(max_batch_tokens=128, prefix_caching=False)
+    counts = computed_tokens(engine)
+    for _ in range(2):
+        generate(engine, random_prompt(49), max_tokens=1)
+    assert counts == [49, 49]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_streaming_goes_past_the_models_context_in_constant_memory(device: str) -> None:
+    """1,500 tokens of a model with 1,024 positions, in a cache of 160, read in chunks of 33 and written one by one."""
+    engine = tiny_engine(device, num_blocks=10, max_batch_tokens=33)
+    prompt = random_prompt(1300)
+    engine.add_request("s", prompt, SamplingParams(window=60, sinks=4, max_tokens=200, temperature=0))
+    held = []
+    while engine.has_unfinished_requests():
+        finished = engine.step().finished
+        held.append(engine.block_manager.num_blocks - engine.block_manager.num_free_blocks)
+    assert len(finished[0].outputs[0].token_ids) == 200
+    assert max(held) <= 8
+    assert set(held[-150:-1]) == {5, 6}, "a block of sinks, and a window of 60 that touches four or five"
+
+
+def test_a_sliding_window_model_frees_the_blocks_that_no_layer_reads() -> None:
+    config, engine = sliding_engine()
+    prompt = random_prompt(200)
+    engine.add_request("s", prompt, SamplingParams(max_tokens=100, temperature=0))
+    held = []
+    while engine.has_unfinished_requests():
+        finished = engine.step().finished
+        held.append(engine.block_manager.num_blocks - engine.block_manager.num_free_blocks)
+    window = config.sliding_window
+    assert window is not None
+    assert max(held) <= (window + 64) // 16 + 2
+    whole = logits(sliding_engine(num_blocks=64)[1], prompt + finished[0].outputs[0].token_ids)
+    assert whole[199:-1].argmax(axis=1).tolist() == finished[0].outputs[0].token_ids
+
+
+def sliding_engine(**options: Any) -> tuple[Any, Any]:
+    """The tiny model with a window of 40 in all its layers."""
+    from dataclasses import replace
+
+    from tests.tiny import tiny_checkpoint
+    from tinyllm.backends import create_backend
+    from tinyllm.config import EngineConfig
+    from tinyllm.engine.kv_cache import kv_cache_spec
+    from tinyllm.engine.llm_engine import LLMEngine
+    from tinyllm.models.registry import load_model, model_config
+
+    checkpoint = tiny_checkpoint()
+    config = replace(model_config(checkpoint), sliding_window=40, sliding_layers=(True, True))
+    model = load_model(checkpoint, config, create_backend("reference"))
+    engine_config = EngineConfig(**{"num_blocks": 20, "max_batch_tokens": 64, "debug_checks": True} | options)
+    return config, LLMEngine(model, engine_config, kv_cache_spec(config, engine_config, model.backend))
+
+
+def test_a_higher_priority_is_served_first_and_takes_the_place_of_a_lower_one() -> None:
+    engine = tiny_engine(num_blocks=6, max_num_seqs=1)
+    low, high = random_prompt(40, seed=1), random_prompt(40, seed=2)
+    alone = {name: generate(tiny_engine(), prompt, max_tokens=20) for name, prompt in (("low", low), ("high", high))}
+    engine.add_request("low", low, SamplingParams(max_tokens=20))
+    for _ in range(5):
+        engine.step()
+    engine.add_request("high", high, SamplingParams(max_tokens=20, priority=1))
+    order = []
+    while engine.has_unfinished_requests():
+        for output in engine.step().finished:
+            order.append(output.request_id)
+            assert output.outputs[0].token_ids == alone[output.request_id]
+    assert order == ["high", "low"]
+
+
+@pytest.mark.parametrize("at", ["forward", "logits"])
+def test_an_interrupted_step_spoils_nothing(at: str) -> None:
+    """What a step had begun, and had promised to others, is taken back; all tokens are as if it had not happened."""
+    requests = mixed_requests(8)
+    alone = {}
+    for name, request in requests.items():
+        alone |= collect(tiny_engine(max_batch_tokens=512), {name: request})
+    engine = tiny_engine(num_blocks=24, max_batch_tokens=40)
+    for name, (prompt, params) in requests.items():
+        engine.add_request(name, prompt, SamplingParams(**params))
+    original = getattr(engine.runner, at)
+    calls = 0
+
+    def sometimes(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = original(*args)
+        if calls % 3 == 0:
+            raise KeyboardInterrupt
+        return result
+
+    setattr(engine.runner, at, sometimes)
+    done: dict[str, Any] = {}
+    while engine.has_unfinished_requests():
+        try:
+            done |= {o.request_id: [c.token_ids for c in o.outputs] for o in engine.step().finished}
+        except KeyboardInterrupt:
+            engine.check_invariants()
+    assert calls > 20
+    assert done == alone
+
+
 def test_the_first_of_n_is_what_n_1_gives_and_the_others_differ() -> None:
     prompt = random_prompt(18)
     one = generate(tiny_engine(), prompt, max_tokens=20)

@@ -17,6 +17,12 @@ NAN, INF = float("nan"), float("inf")
     ("name", "value"),
     [
         ("n", 0), ("n", 10**9), ("n", True), ("n", 1.0), ("n", "2"), ("n", None),
+        ("best_of", 0), ("best_of", 2.0), ("beams", 0), ("beams", True), ("beams", 10**9),
+        ("length_penalty", NAN), ("length_penalty", INF), ("length_penalty", "1"),
+        ("early_stopping", "always"), ("early_stopping", None), ("early_stopping", 1),
+        ("window", 0), ("window", 2**40), ("window", 8.0), ("sinks", -1), ("sinks", 257), ("sinks", None),
+        ("cache_salt", None), ("cache_salt", b"x"), ("cache_salt", "x" * 10**5), ("cache_salt", "\ud800"),
+        ("priority", 0.5), ("priority", 2**40), ("priority", None),
         ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1.5), ("max_tokens", 10**30), ("max_tokens", None),
         ("min_tokens", -1), ("min_tokens", 10**6),
         ("temperature", NAN), ("temperature", INF), ("temperature", -1), ("temperature", "hot"),
@@ -44,6 +50,34 @@ def test_a_bad_value_is_named_in_one_line(name: str, value: Any) -> None:
     assert words.get(name, name) in message
     assert "\n" not in message
     assert len(message) < 250
+
+
+@pytest.mark.parametrize(
+    ("params", "named"),
+    [
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"n": 3, "beams": 2}, "beams"),
+        ({"beams": 2, "best_of": 2}, "best_of"),
+        ({"beams": 2, "stop": "."}, "stop"),
+        ({"beams": 2, "logprobs": 0}, "logprobs"),
+    ],
+)
+def test_what_does_not_go_together_is_named(params: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidRequestError, match=named):
+        SamplingParams(**params)
+
+
+def test_how_many_sequences_run_and_whether_they_can_be_streamed() -> None:
+    def facts(**params: Any) -> tuple[int, bool]:
+        made = SamplingParams(**params)
+        return made.num_sequences, made.ranked
+
+    assert facts() == (1, False)
+    assert facts(n=3) == (3, False)
+    assert facts(n=3, best_of=3) == (3, False)
+    assert facts(n=2, best_of=3) == (3, True)
+    assert facts(beams=1) == (1, True)
+    assert facts(n=2, beams=4) == (4, True)
 
 
 def test_what_depends_on_the_vocabulary_is_checked_against_it() -> None:
