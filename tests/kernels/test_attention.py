@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kernels.kernel_cases import Sequences, worst
+from tests.kernels.kernel_cases import Sequences, rounded, worst
 from tinyllm.backends.base import KVCacheSpec
 from tinyllm.backends.cpu import CpuBackend
 from tinyllm.errors import ConfigError
@@ -185,6 +185,32 @@ def test_write_kv_stores_what_the_reference_stores(dtype, head_dim, cpu, single,
         backend.write_kv(k, v, layer, slots)
         for ours, theirs in zip(stored(layer), (expected.k, expected.v), strict=True):
             assert np.array_equal(ours, theirs, equal_nan=dtype != "bf16")
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("head_dim", [8, 20, 64])
+def test_read_kv_gives_what_was_written(dtype, head_dim, cpu, reference, rng):
+    """The rounded values, from both backends alike; and writing them again changes no byte."""
+    spec = KVCacheSpec(num_layers=1, num_blocks=5, block_size=32, num_kv_heads=3, head_dim=head_dim, dtype=dtype)
+    k, v = (rng.standard_normal((2, 100, 3, head_dim)) * 300).astype(np.float32)
+    k[:9, 0, 0] = v[:9, 2, 3] = [0.0, -0.0, np.inf, -np.inf, np.nan, 6e-8, 3e-5, 65504, 1e38]
+    slots = rng.permutation(160)[:100].astype(np.int32)
+    for backend in (cpu, reference):
+        layer = backend.allocate_kv_cache(spec).layers[0]
+        backend.write_kv(k, v, layer, slots)
+        found = backend.read_kv(layer, slots)
+        for read, written in zip(found, (k, v), strict=True):
+            assert read.dtype == np.float32
+            assert read.shape == (100, 3, head_dim)
+            with np.errstate(over="ignore"):
+                np.testing.assert_array_equal(read, rounded(written, dtype))
+            assert np.array_equal(np.signbit(read), np.signbit(written))
+        before = layer.k.tobytes(), layer.v.tobytes()
+        backend.write_kv(*found, layer, slots)
+        assert (layer.k.tobytes(), layer.v.tobytes()) == before
+        again = backend.read_kv(layer, slots[::-7])
+        assert all(a.tobytes() == b[::-7].tobytes() for a, b in zip(again, found, strict=True))
+        assert backend.read_kv(layer, slots[:0])[0].shape == (0, 3, head_dim)
 
 
 def test_copy_blocks_in_order(cpu, rng):

@@ -158,3 +158,8 @@ def test_rope(head_dim, rotary, cpu, single, reference, rng):
     assert np.array_equal(fused_q[5:6], apart[0])
     assert np.array_equal(fused_k[5:6], apart[1])
     assert (fused[:, 8 * head_dim :] == 3).all()
+    for backend, expected in ((cpu, fused_q), (reference, expected_q)):  # without key heads
+        alone, keys = q.copy(), k.copy()
+        backend.rope(alone, keys[:, :0], cos, sin)
+        assert np.array_equal(alone, expected)
+        assert np.array_equal(keys, k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,8 +38,19 @@ def test_activations_are_views_of_the_first_rows() -> None:
         assert view.shape[0] == 5
         assert any(np.shares_memory(view, buffer) for buffer in workspace.buffers.values())
     assert np.shares_memory(a.heads, a.attention)
-    assert a.rotation is not None
-    assert a.local_rotation is not None
+    assert a.sink_q.shape == (5, 2, 8)
+    assert np.shares_memory(a.sink_q, workspace.buffers["sink_q"])
+    for prefix, rotation in (("", a.rotation), ("local_", a.local_rotation)):
+        assert rotation is not None
+        for part in ("cos", "sin", "sink_cos", "sink_sin"):
+            assert getattr(rotation, part).shape == (5, 4)
+            assert np.shares_memory(getattr(rotation, part), workspace.buffers[prefix + part])
+
+
+def test_gpt2_has_no_buffers_of_rotations() -> None:
+    workspace = Workspace.allocate(load_fixture("gpt2", "huggingface", "reference").config, 9, 4)
+    assert not {"cos", "sink_cos", "local_cos", "sink_q"} & set(workspace.buffers)
+    assert workspace.activations(5).sink_q.size == 0
 
 
 def test_more_than_was_reserved_is_a_programming_error() -> None:
@@ -49,8 +61,10 @@ def test_more_than_was_reserved_is_a_programming_error() -> None:
         workspace.logits(5)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_the_cpu_backend_s_steps_allocate_next_to_nothing(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "streams"), [*((name, False) for name in ALL), ("llama", True), ("gemma3", True), ("qwen2_window", True)]
+)
+def test_the_cpu_backend_s_steps_allocate_next_to_nothing(name: str, streams: bool) -> None:
     """Past the first step, memory grows by less than a tenth of one step's activations."""
     model = load_fixture(name, "huggingface", "cpu")
     config = model.config
@@ -65,6 +79,9 @@ def test_the_cpu_backend_s_steps_allocate_next_to_nothing(name: str) -> None:
     )
     cache, workspace = model.backend.allocate_kv_cache(spec), Workspace.allocate(config, T, T)
     batch = build_batch([(0, T)], [0], [[1] * T], np.arange(4, dtype=np.int32)[None], 16)
+    if streams:
+        sinks, windows = np.full(1, 2, np.int32), np.full(1, 3, np.int32)
+        batch = replace(batch, windows=windows, num_sinks=sinks, sink_positions=np.minimum(batch.positions, 4))
     model.compute_logits(model.forward(batch, cache, workspace), workspace)
     tracemalloc.start()
     try:
