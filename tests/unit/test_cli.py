@@ -19,7 +19,7 @@ from tinyllm.llm import LLM
 from weights import WeightsError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("generate", "chat", "score", "plan", "info", "bench", "pull")
+COMMANDS = ("generate", "chat", "score", "plan", "info", "bench", "pull", "replay", "timeline")
 
 
 def run_process(*args: str | bytes, **kwargs: Any) -> subprocess.CompletedProcess[bytes]:

@@ -23,6 +23,8 @@ function start() {
   const history = new BlockHistory(data);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const maxTokens = Math.max(1, steps.reduce((most, s) => Math.max(most, s.tokens), 0));
+  const leastFree = steps.reduce((least, s) => Math.min(least, s.free), data.numBlocks);
+  $("free-range").textContent = `from ${number(leastFree)} to ${number(data.numBlocks)}`;
   let selected = 0, hovered = -1, theme = {}, map = null;
   let barWidth = Math.max(12, Math.min(40, Math.floor($("steps").clientWidth / steps.length)));
 
@@ -101,7 +103,7 @@ function start() {
     context.lineWidth = 1.5;
     context.beginPath();
     lows.forEach((free, x) => {
-      const y = 3 + (1 - free / data.numBlocks) * (bottom - 4);
+      const y = 3 + (data.numBlocks - free) / Math.max(1, data.numBlocks - leastFree) * (bottom - 5);
       context.lineTo(x * each, y);
       context.lineTo((x + 1) * each, y);
     });
