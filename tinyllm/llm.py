@@ -127,7 +127,7 @@ class LLM:
         Leaving the iterator early aborts the request. Raises InvalidRequestError, at once or when a processor fails.
         """
         params = sampling_params or SamplingParams()
-        token_ids = self.engine.check_request(self.encode(prompt), params)
+        token_ids = self.engine.check_request(self.encode(prompt, windowed=params.window is not None), params)
         return self._chunks(prompt, token_ids, params)
 
     def chat(self, messages: Messages, sampling_params: SamplingParams | None = None) -> RequestOutput:
@@ -207,17 +207,17 @@ class LLM:
 
     # ---- text
 
-    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True, windowed: bool = False) -> list[int]:
         """The token ids of a prompt; ids pass through unchecked. Raises InvalidRequestError.
 
         add_special_tokens: put bos (and eos) around a text where the model asks for them.
+        windowed: the prompt is for a request with a window: it may be longer than the model's context.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequestError("this model has no tokenizer: pass token ids")
-            return self.tokenizer.encode(
-                prompt, add_special_tokens=add_special_tokens, max_tokens=self.memory.max_sequence_len
-            )
+            max_tokens = None if windowed else self.memory.max_sequence_len
+            return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
         if isinstance(prompt, np.ndarray):
             if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
                 raise InvalidRequestError(f"token ids must be a 1-D integer array, not {prompt.dtype} {prompt.shape}")
@@ -250,7 +250,8 @@ class LLM:
         encoded: list[list[int]] = []
         for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             try:
-                encoded.append(self.engine.check_request(self.encode(prompt), one, task))
+                token_ids = self.encode(prompt, windowed=one.window is not None)
+                encoded.append(self.engine.check_request(token_ids, one, task))
             except InvalidRequestError as error:
                 raise InvalidRequestError(f"prompt {index}: {error}" if len(prompts) > 1 else str(error)) from None
         outputs: dict[str, RequestOutput] = {}

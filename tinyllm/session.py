@@ -91,7 +91,7 @@ class Session:
         self._check_idle()
         if isinstance(prompt, str) and not prompt:
             return
-        new = self._llm.encode(prompt, add_special_tokens=not self._token_ids)
+        new = self._llm.encode(prompt, add_special_tokens=not self._token_ids, windowed=self.window is not None)
         if new:
             self._token_ids = self._llm.engine.check_request([*self._token_ids, *new], self._settings, Task.PREFILL)
 

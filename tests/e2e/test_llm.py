@@ -160,3 +160,40 @@ def test_what_cannot_be_loaded_is_one_line(model: Any, options: dict[str, Any], 
     with pytest.raises(error, match=message) as caught:
         LLM(model, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"window": 10**6}, "sinks and window span 1000004 tokens; the model's context holds 64"),
+        ({"beams": 300}, "beams is 300, but at most 256 sequences may run"),
+        ({"best_of": 300}, "best_of is 300, but at most 256"),
+    ],
+)
+def test_what_no_cache_could_serve_is_named(llm: LLM, params: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.generate([1, 2, 3], SamplingParams(**params))
+
+
+def test_a_window_must_fit_in_the_cache_with_room_around_it() -> None:
+    small = LLM(FOLDER, device="reference", num_blocks=4)
+    with pytest.raises(InvalidRequestError, match="span 44 tokens; .* more than the whole KV cache of 64"):
+        small.generate([1, 2, 3], SamplingParams(window=40))
+    small.generate([1, 2, 3], SamplingParams(window=15, sinks=1))
+
+
+def test_a_window_needs_rotary_positions() -> None:
+    gpt2 = LLM(FOLDER.parent / "gpt2", device="reference", num_blocks=64)
+    with pytest.raises(InvalidRequestError, match="a window needs rotary positions"):
+        gpt2.generate([1, 2, 3], SamplingParams(window=8))
+
+
+def test_with_a_window_a_prompt_may_be_longer_than_the_context_and_the_cache(llm: LLM) -> None:
+    prompt = np.random.default_rng(0).integers(0, llm.config.vocab_size, 3000).tolist()
+    assert len(prompt) > llm.memory.max_sequence_len
+    params = SamplingParams(window=30, temperature=0, max_tokens=5, prompt_logprobs=0)
+    first, second = (llm.generate(prompt, params)[0] for _ in range(2))
+    assert first.outputs == second.outputs
+    assert first.prompt_logprobs == second.prompt_logprobs
+    with pytest.raises(InvalidRequestError, match="the prompt has 3000 tokens"):
+        llm.generate(prompt, GREEDY)

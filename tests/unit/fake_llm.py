@@ -54,7 +54,7 @@ class FakeLLM:
             available_nbytes=1 << 30,
         )
 
-    def encode(self, prompt: str | list[int]) -> list[int]:
+    def encode(self, prompt: str | list[int], *, windowed: bool = False) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:

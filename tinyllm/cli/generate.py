@@ -88,7 +88,8 @@ def _checked(llm: LLM, item: PromptItem) -> PromptItem:
     if item.error:
         return item
     try:
-        token_ids = llm.engine.check_request(llm.encode(item.prompt), item.params)
+        token_ids = llm.encode(item.prompt, windowed=item.params.window is not None)
+        token_ids = llm.engine.check_request(token_ids, item.params)
     except TinyLLMError as error:
         item = item.failed(str(error))
         _report(item)
