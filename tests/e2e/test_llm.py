@@ -177,7 +177,7 @@ def test_what_no_cache_could_serve_is_named(llm: LLM, params: dict[str, Any], me
 
 def test_a_window_must_fit_in_the_cache_with_room_around_it() -> None:
     small = LLM(FOLDER, device="reference", num_blocks=4)
-    with pytest.raises(InvalidRequestError, match="span 44 tokens; .* more than the whole KV cache of 64"):
+    with pytest.raises(InvalidRequestError, match=r"span 44 tokens; .* more than the whole KV cache of 64"):
         small.generate([1, 2, 3], SamplingParams(window=40))
     small.generate([1, 2, 3], SamplingParams(window=15, sinks=1))
 

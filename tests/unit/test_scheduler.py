@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import random
+from typing import Any
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from tests.unit.sequences import make_sequence
+from tests.unit.simulated_engine import Simulation
 from tinyllm.engine.block_manager import BlockManager
 from tinyllm.engine.scheduler import Scheduler, SchedulerOutput
 from tinyllm.engine.sequence import Sequence, SequenceStatus
@@ -97,73 +99,231 @@ def test_finish_takes_out_waiting_and_running_sequences() -> None:
     assert scheduler.block_manager.num_free_blocks == 64
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    blocks=st.integers(6, 30),
-    block_size=st.sampled_from([1, 4, 16]),
-    budget=st.integers(1, 40),
-    seqs=st.integers(4, 10),
-)
-def test_random_use_keeps_every_promise(seed: int, blocks: int, block_size: int, budget: int, seqs: int) -> None:
-    """Within budget and places; blocks cover exactly what is computed; all requests end, with no token lost."""
-    rng = random.Random(seed)
-    scheduler = make_scheduler(blocks=blocks, block_size=block_size, budget=budget, seqs=seqs)
-    capacity = blocks * block_size
-    live: list[Sequence] = []
-    goal: dict[Sequence, int] = {}
-    for step in range(10_000):
-        if step < 60 and rng.random() < 0.3:
-            length = rng.randint(1, max(1, capacity // 2))
-            sequence = make_sequence(range(length), n=rng.randint(1, 4))
-            goal[sequence] = min(capacity, length + rng.randint(1, 12))
-            live.append(sequence)
-            scheduler.add(sequence)
-        if step < 60 and live and rng.random() < 0.05:  # abort
-            victim = live.pop(rng.randrange(len(live)))
-            scheduler.finish(victim)
-        cached_before = {block for block in range(blocks) if scheduler.block_manager.is_cached(block)}
-        output = scheduler.schedule()
-        cached_before -= set(output.evicted)
-        written_blocks: set[int] = set()
-        assert sum(item.num_tokens for item in output.scheduled) <= budget
-        assert len(scheduler.running) <= seqs
-        assert len({item.sequence for item in output.scheduled}) == len(output.scheduled)
-        assert not any(item.sequence in output.preempted for item in output.scheduled)
-        if live:
-            assert output.scheduled, "something always runs"
-        for item in output.scheduled:
-            sequence = item.sequence
-            assert 1 <= item.num_tokens <= sequence.num_due_tokens
-            end = sequence.num_computed_tokens + item.num_tokens
-            assert len(sequence.block_table) == -(-end // block_size)
-            written = sequence.block_table[sequence.num_computed_tokens // block_size :]
-            assert not written_blocks.intersection(written), "two sequences write to one block"
-            assert not cached_before.intersection(written), "a block that others may find is written"
-            written_blocks.update(written)
-        for item in output.scheduled:
-            sequence = item.sequence
-            sequence.num_computed_tokens += item.num_tokens
-            if sequence.num_due_tokens:
-                continue
-            request = sequence.request
-            siblings = [sequence]
-            if not request.forked:
-                request.forked = True
-                for index in range(1, request.params.n):
-                    child = make_sequence(sequence.token_ids, index=index, request=request)
-                    goal[child] = min(capacity, goal[sequence] + index)
-                    scheduler.add_fork(sequence, child)
-                    siblings.append(child)
-                    live.append(child)
-            for sibling in siblings:
-                sibling.token_ids.append(sibling.num_tokens)
-                if sibling.num_tokens >= goal[sibling]:
-                    assert sibling.token_ids == list(range(sibling.num_tokens))
-                    scheduler.finish(sibling)
-                    live.remove(sibling)
-        scheduler.block_manager.check(live)
-        if step >= 60 and not live:
-            break
-    assert not live, "requests starved"
-    assert scheduler.block_manager.num_free_blocks == blocks
+def test_two_identical_requests_in_one_step_share_the_prompts_blocks() -> None:
+    scheduler = make_scheduler(budget=64)
+    a, b = make_sequence(range(11)), make_sequence(range(11))
+    scheduler.add(a)
+    scheduler.add(b)
+    assert run(scheduler) == [(a, 11), (b, 3)]
+    assert (a.block_table, b.block_table) == ([0, 1, 2], [0, 1, 3])
+    assert scheduler.block_manager.ref_counts[:4] == [2, 2, 1, 1]
+
+
+def test_what_a_step_undone_was_to_write_is_not_found() -> None:
+    scheduler = make_scheduler(budget=64)
+    done, a, b = make_sequence(range(8)), make_sequence(range(11)), make_sequence(range(11))
+    scheduler.add(done)
+    run(scheduler)
+    scheduler.add(a)
+    scheduler.add(b)
+    output = scheduler.schedule()
+    assert [(item.sequence, item.num_tokens) for item in output.scheduled] == [(done, 1), (a, 3), (b, 3)]
+    assert output.admitted == [(a, 8), (b, 8)]
+    scheduler.undo(output)
+    assert scheduler.waiting == [done, a, b]
+    assert scheduler.block_manager.num_free_blocks == 64
+    assert run(scheduler) == [(done, 1), (a, 3), (b, 3)], "what the step before had written is"
+
+
+def test_an_undone_step_takes_the_forks_along_that_were_made_in_it() -> None:
+    scheduler = make_scheduler(budget=64)
+    parent = make_sequence(range(5), n=2)
+    scheduler.add(parent)
+    output = scheduler.schedule()
+    parent.num_computed_tokens, parent.request.forked = 5, True
+    child = make_sequence(range(5), index=1, request=parent.request)
+    scheduler.add_fork(parent, child)
+    scheduler.undo(output)
+    assert scheduler.waiting == [parent, child], "the child too has a token due: its last one"
+
+
+def test_higher_priorities_go_first_and_make_room() -> None:
+    scheduler = make_scheduler(budget=16, seqs=2)
+    low, high, urgent = (make_sequence(range(9), priority=p) for p in (-1, 0, 3))
+    scheduler.add(low)
+    assert run(scheduler) == [(low, 9)]
+    scheduler.add(high)
+    assert run(scheduler) == [(low, 1), (high, 1)], "there is room for both"
+    scheduler.add(urgent)
+    output = scheduler.schedule()
+    assert output.preempted == [low]
+    assert [item.sequence for item in output.scheduled] == [high, urgent]
+    advance(output)
+    assert scheduler.waiting == [low]
+    equal = make_sequence(range(9), priority=0)
+    scheduler.add(equal)
+    assert scheduler.waiting == [equal, low]
+    assert run(scheduler) == [(urgent, 1), (high, 1)], "an equal priority waits"
+
+
+def test_an_urgent_request_takes_blocks_of_the_lowest_priority() -> None:
+    scheduler = make_scheduler(blocks=6, budget=32)
+    a, b = make_sequence(range(10), priority=1), make_sequence(range(20, 30))
+    scheduler.add(b)
+    run(scheduler)
+    scheduler.add(a)
+    run(scheduler)
+    urgent = make_sequence(range(40, 51), priority=2)
+    scheduler.add(urgent)
+    output = scheduler.schedule()
+    assert output.preempted == [b]
+    assert [item.sequence for item in output.scheduled] == [a, urgent]
+
+
+def test_parked_sequences_lose_their_blocks_first_least_recently_parked_first() -> None:
+    scheduler = make_scheduler(blocks=6, block_size=4, budget=32)
+    first, second, low = (
+        make_sequence(range(8)),
+        make_sequence(range(10, 18)),
+        make_sequence(range(20, 24), priority=-1),
+    )
+    for sequence in (first, second, low):
+        scheduler.add(sequence)
+    run(scheduler)
+    scheduler.park(first)
+    scheduler.park(second)
+    assert scheduler.block_manager.num_free_blocks == 1
+    urgent = make_sequence(range(30, 38))
+    scheduler.add(urgent)
+    output = scheduler.schedule()
+    assert output.preempted == [first]
+    assert [item.sequence for item in output.scheduled] == [low, urgent]
+    assert (first.status, first.block_table, list(scheduler.parked)) == (SequenceStatus.PARKED, [], [second])
+
+
+def test_a_parked_sequence_is_resumed_on_its_blocks_and_a_fork_of_it_too() -> None:
+    scheduler = make_scheduler()
+    parked = make_sequence(range(6))
+    scheduler.add(parked)
+    run(scheduler)
+    scheduler.park(parked)
+    resumed = make_sequence([*parked.token_ids, 1])
+    resumed.request.resume_from = parked
+    scheduler.add(resumed)
+    output = scheduler.schedule()
+    assert output.admitted == [(resumed, 6)]
+    assert output.copies == [(1, 2)], "the block that both end in"
+    assert (parked.block_table, resumed.block_table) == ([0, 1], [0, 2])
+
+
+def test_a_windowed_prefix_that_was_given_back_is_not_resumed() -> None:
+    """The parent has only what follows its end; a request that begins before that is computed from its beginning."""
+    simulation = Simulation(32, 4, budget=10, max_seqs=4, prefix_caching=False)
+    simulation.add([0, 1] * 20, 1, window=5, sinks=2, park=True)
+    while simulation.goals:
+        simulation.step()
+    parent = simulation.parked[0]
+    simulation.add([1] * 8, 2, resume=parent, prompt_logprobs=0)
+    for _ in range(2):
+        simulation.step()
+    simulation.step(interrupted=True)
+    assert simulation.step().admitted[0][1] == 0
+    simulation.run_to_the_end()
+
+
+def test_a_cached_windowed_prompt_that_fills_the_whole_cache_can_be_continued() -> None:
+    simulation = Simulation(8, 4, budget=32, max_seqs=4)
+    simulation.add([0, 1, 1, 0] * 8, 1, window=6, sinks=2)
+    while simulation.goals:
+        simulation.step()
+    assert simulation.manager.num_cached_blocks == 8
+    simulation.add([0, 1, 1, 0] * 8 + [1] * 9, 30, window=6, sinks=2)
+    assert simulation.step().admitted[0][1] == 32
+    simulation.run_to_the_end()
+
+
+def test_beams_at_rest_make_room_for_one_that_fits_only_without_them() -> None:
+    """Else the last beam, being last, would give way to them for ever."""
+    scheduler = Scheduler(BlockManager(6, 4, prefix_caching=False), max_batch_tokens=1, max_num_seqs=4)
+    first = make_sequence(range(18), beams=2)
+    beams = [first, make_sequence(range(18), index=1, request=first.request)]
+    first.request.beam_search = object()  # type: ignore[assignment]
+    for beam in beams:
+        scheduler.add(beam)
+    for _ in range(2 * 18):
+        (item,) = scheduler.schedule().scheduled
+        item.sequence.num_computed_tokens += 1
+        if item.sequence.num_due_tokens == 0:
+            item.sequence.candidates = object()  # type: ignore[assignment]
+    assert all(beam.candidates is not None for beam in beams)
+
+
+SIZES = st.sampled_from([(6, 1), (12, 1), (6, 4), (9, 4), (24, 4), (4, 16), (8, 16)])
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random requests through a simulated engine, which checks what each query reads and each promise at each step."""
+
+    @initialize(
+        sizes=SIZES, budget=st.sampled_from([1, 3, 8, 17, 40]), seqs=st.integers(1, 8), prefix_caching=st.booleans()
+    )
+    def begin(self, sizes: tuple[int, int], budget: int, seqs: int, prefix_caching: bool) -> None:
+        self.simulation = Simulation(*sizes, budget, seqs, prefix_caching)
+
+    @rule(
+        length=st.integers(1, 40),
+        pattern=st.sampled_from([(0,), (0, 1), (0, 0, 0, 1), (1, 0, 0, 0, 0, 0, 0)]),
+        new_tokens=st.integers(1, 24),
+        streaming=st.sampled_from([{}, {}, {}, {"window": 1}, {"window": 3, "sinks": 1}, {"window": 9, "sinks": 5}]),
+        more=st.sampled_from(
+            [
+                *({}, {}, {"park": True}, {"park": True}, {"n": 3}, {"best_of": 2}),
+                *({"beams": 3}, {"beams": 2, "priority": 1}, {"priority": 2}, {"priority": -1}),
+                *({"prompt_logprobs": 0}, {"salt": "other"}),
+            ]
+        ),
+        resume=st.none() | st.integers(0, 3),
+    )
+    def add(
+        self,
+        length: int,
+        pattern: tuple[int, ...],
+        new_tokens: int,
+        streaming: dict[str, int],
+        more: dict[str, Any],
+        resume: int | None,
+    ) -> None:
+        parked = self.simulation.parked
+        self.simulation.add(
+            [pattern[i % len(pattern)] for i in range(length)],
+            new_tokens,
+            resume=parked[resume] if resume is not None and resume < len(parked) else None,
+            **streaming,
+            **more,
+        )
+
+    @rule(times=st.integers(1, 6))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            self.simulation.step()
+
+    @rule()
+    def interrupted_step(self) -> None:
+        self.simulation.step(interrupted=True)
+
+    @precondition(lambda self: self.simulation.goals)
+    @rule(at=st.integers(0, 100))
+    def abort(self, at: int) -> None:
+        requests = list(self.simulation.goals)
+        self.simulation.abort(requests[at % len(requests)])
+
+    @precondition(lambda self: self.simulation.scheduler.running)
+    @rule(at=st.integers(0, 100))
+    def preempt(self, at: int) -> None:
+        running = self.simulation.scheduler.running
+        self.simulation.scheduler._preempt(running[at % len(running)])
+
+    @precondition(lambda self: self.simulation.parked)
+    @rule(at=st.integers(0, 100), what=st.sampled_from(["release", "fork_parked", "restore"]))
+    def at_rest(self, at: int, what: str) -> None:
+        parked = self.simulation.parked
+        if what == "release" or len(parked) < 5:
+            getattr(self.simulation, what)(parked[at % len(parked)])
+
+    def teardown(self) -> None:
+        if hasattr(self, "simulation"):
+            self.simulation.run_to_the_end()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
