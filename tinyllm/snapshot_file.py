@@ -277,9 +277,8 @@ def _check_settings(fingerprint: object, window: int | None, sinks: int, cache_s
         SamplingParams(window=window, sinks=sinks, cache_salt=cache_salt)
     except InvalidRequestError as error:
         raise SnapshotError(str(error)) from None
-    for name, text in (("fingerprint", fingerprint), ("cache_salt", cache_salt)):
-        if any("\ud800" <= character <= "\udfff" for character in text):  # JSON of other tools would not hold it
-            raise SnapshotError(f"{name} has a lone surrogate")
+    if any("\ud800" <= character <= "\udfff" for character in fingerprint):  # JSON of other tools would not hold it
+        raise SnapshotError("fingerprint has a lone surrogate")
 
 
 def _check_shapes(shapes: Mapping[str, Shape], num_computed_tokens: int) -> None:

@@ -226,7 +226,7 @@ INCONSISTENT: dict[str, tuple[dict[str, Any], str]] = {
     "window": ({"window": 0}, "window must be an integer"),
     "sinks": ({"sinks": 257}, "sinks must be an integer"),
     "salt": ({"cache_salt": "x" * 4097}, "cache_salt must be"),
-    "surrogate": ({"cache_salt": "\ud800"}, "cache_salt has a lone surrogate"),
+    "surrogate": ({"cache_salt": "\ud800"}, "cache_salt is not valid Unicode"),
     "fingerprint": ({"fingerprint": 5}, "fingerprint must be a string"),
     "long fingerprint": ({"fingerprint": "x" * 4097}, "fingerprint must be a string"),
 }
@@ -311,7 +311,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "window 0": (meta(window="0"), "window must be an integer"),
     "sinks 300": (meta(sinks="300"), "sinks must be an integer"),
     "long salt": (meta(cache_salt="x" * 4097), "cache_salt must be"),
-    "surrogate salt": (meta(cache_salt="\udc00"), "lone surrogate"),
+    "surrogate salt": (meta(cache_salt="\udc00"), "not valid Unicode"),
     "long fingerprint": (meta(fingerprint="x" * 4097), "fingerprint must be"),
     "more computed than tokens": (meta(num_computed_tokens="10"), "10 of them computed"),
     "fewer computed than held": (meta(num_computed_tokens="6"), "6 of them computed"),

@@ -142,9 +142,16 @@ class BlockManager:
         sequence.num_computed_tokens = sequence.num_hashed_blocks = sequence.num_released_blocks = 0
 
     def sees_all(self, sequence: Sequence, position: int) -> bool:
-        """Whether tokens from `position` on would still find all blocks that they read: none was given back."""
+        """Whether tokens from `position` on would find all that they read in the sequence's blocks.
+
+        Under a window that holds only where the sequence stands: what earlier tokens would read may have been given
+        back, or lies in slots that were never written when the sequence was restored.
+        """
+        if sequence.request.window is None:
+            return True
         released = sequence.num_released_blocks
-        return self._unseen(sequence, position, released).stop >= released
+        stands = min(sequence.num_computed_tokens, sequence.num_tokens - 1)
+        return position >= stands and self._unseen(sequence, position, released).stop >= released
 
     def release_unseen(self, sequence: Sequence) -> None:
         """Gives back the blocks that no token from num_computed_tokens on will read, by the request's window."""

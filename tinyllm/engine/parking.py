@@ -47,9 +47,11 @@ class Parking:
     def snapshot(self, parked: Sequence) -> Snapshot:
         """The sequence with what the cache holds of it, as arrays of their own."""
         params, block_size = parked.request.params, self.scheduler.block_manager.block_size
-        computed = np.arange(parked.num_computed_tokens, dtype=np.int32)
         table = np.array(parked.block_table, np.int32)
-        positions = computed[table[computed // block_size] != RELEASED] if len(table) else computed[:0]
+        positions = _seen(parked.num_computed_tokens, parked.num_tokens, parked.request.window, parked.request.sinks)
+        if len(table) == 0:  # it lost its blocks
+            positions = positions[:0]
+        assert (table[positions // block_size] != RELEASED).all()
         keys, values = self.runner.read_kv(_slots(table, positions, block_size))
         return Snapshot(
             fingerprint=self.runner.fingerprint,
@@ -113,14 +115,8 @@ class Parking:
     @staticmethod
     def _check_held(snapshot: Snapshot, window: int | None, sinks: int) -> None:
         """All that a later token will see must be there, unless nothing is: then all is computed again."""
-        computed = snapshot.num_computed_tokens
-        if len(snapshot.positions) == 0:
-            return
-        seen = np.arange(computed)
-        if window is not None:
-            next_token = min(computed, len(snapshot.token_ids) - 1)  # the last token may run again, for its logits
-            seen = seen[(seen < sinks) | (seen > next_token - window)]
-        if not np.isin(seen, snapshot.positions).all():
+        seen = _seen(snapshot.num_computed_tokens, len(snapshot.token_ids), window, sinks)
+        if len(snapshot.positions) and not np.isin(seen, snapshot.positions).all():
             raise SnapshotError("the snapshot lacks keys and values that its next token would see")
 
     def _fill(self, sequence: Sequence, snapshot: Snapshot) -> None:
@@ -140,6 +136,15 @@ def _at_rest(parked: Sequence) -> Sequence:
     child = Sequence(parked.request, parked.index, parked.token_ids.copy(), parked.text, parked.history.copy())
     child.status = SequenceStatus.FINISHED
     return child
+
+
+def _seen(num_computed_tokens: int, num_tokens: int, window: int | None, sinks: int) -> I32Array:
+    """The computed positions that tokens to come will see, or the last token, which may run again for its logits."""
+    positions = np.arange(num_computed_tokens, dtype=np.int32)
+    if window is None:
+        return positions
+    first = min(num_computed_tokens, num_tokens - 1) - window + 1
+    return positions[(positions < sinks) | (positions >= first)]
 
 
 def _slots(table: I32Array, positions: I32Array, block_size: int) -> I32Array:
