@@ -68,7 +68,7 @@ class Scheduler:
 
     Attributes:
         waiting, running: in order; a running sequence holds blocks and is part of every step that the budget allows.
-        parked: finished sequences whose blocks are kept as long as nobody needs them, least recently used first.
+        parked: finished sequences whose blocks are kept as long as nobody needs them, least recently parked first.
     """
 
     def __init__(self, block_manager: BlockManager, *, max_batch_tokens: int, max_num_seqs: int) -> None:
@@ -145,8 +145,9 @@ class Scheduler:
 
     def _yield_to_urgent(self, step: _Step) -> None:
         """Where the first in the queue has no room, running sequences of lower priority make it."""
-        while self.waiting and self.running:
-            first, last = self.waiting[0], max(self.running, key=lambda s: s.order)
+        first = next((sequence for sequence in self.waiting if sequence.num_due_tokens > 0), None)
+        while first is not None and self.running:
+            last = max(self.running, key=lambda s: s.order)
             if last.request.params.priority >= first.request.params.priority:
                 return
             num_tokens = min(first.num_due_tokens, self.max_batch_tokens, self._max_chunk(first))
