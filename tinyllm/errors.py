@@ -4,6 +4,11 @@ Programmer's mistakes are assertions; these classes are for mistakes in requests
 """
 
 
+def reason(error: Exception) -> str:
+    """What the system says of a failed file operation, without the number and the path that OSError adds."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 class TinyLLMError(Exception):
     """Base of every error that tinyllm raises on purpose. The CLI prints its message and exits with 2."""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 from tinyllm.cli import console
 from tinyllm.cli.console import UsageError
 from tinyllm.cli.options import checked_text
-from tinyllm.errors import InvalidRequestError
+from tinyllm.errors import InvalidRequestError, reason
 
 if TYPE_CHECKING:
     from tinyllm.sampling_params import SamplingParams
@@ -91,7 +91,7 @@ def read_text_file(path: str) -> str:
     try:
         return _decode(Path(path).read_bytes(), path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {_reason(error)}") from error
+        raise UsageError(f"cannot read {path}: {reason(error)}") from error
 
 
 def _binary_stdin() -> BinaryIO:
@@ -108,10 +108,6 @@ def _decode(data: bytes, what: str) -> str:
     return text
 
 
-def _reason(error: OSError | ValueError) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
 def _read_jsonl(path: str, defaults: SamplingParams) -> Iterator[PromptItem]:
     """One item for each line that is not blank; "-" is stdin."""
     if path == "-":
@@ -123,7 +119,7 @@ def _read_jsonl(path: str, defaults: SamplingParams) -> Iterator[PromptItem]:
     except (OSError, ValueError) as error:
         if isinstance(error, InvalidRequestError):
             raise
-        raise UsageError(f"cannot read {path}: {_reason(error)}") from error
+        raise UsageError(f"cannot read {path}: {reason(error)}") from error
 
 
 def _parse_lines(file: BinaryIO, name: str, defaults: SamplingParams) -> Iterator[PromptItem]:

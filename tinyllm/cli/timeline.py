@@ -9,6 +9,7 @@ from typing import Any
 
 from tinyllm.cli import console
 from tinyllm.cli.console import UsageError
+from tinyllm.errors import reason
 
 __all__ = ["add_parser"]
 
@@ -47,8 +48,7 @@ def run(args: argparse.Namespace) -> int:
         with open(args.output, "w", encoding="ascii", newline="\n") as file:
             file.write(page.html)
     except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise UsageError(f"cannot write {args.output}: {reason}") from error
+        raise UsageError(f"cannot write {args.output}: {reason(error)}") from error
     size = console.format_bytes(len(page.html))
     counts = f"{_count(page.num_steps, 'step')}, {_count(page.num_requests, 'request')}"
     console.write(f"{args.output}: {counts}, {size}\n")

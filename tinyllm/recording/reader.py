@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 from tinyllm.backends.base import KVCacheSpec
 from tinyllm.config import KV_DTYPES, EngineConfig
 from tinyllm.engine.sequence import Task
-from tinyllm.errors import ConfigError, InvalidRequestError, RecordingError
+from tinyllm.errors import ConfigError, InvalidRequestError, RecordingError, reason
 from tinyllm.recording.events import (
     FORMAT,
     MAX_LINE_NBYTES,
@@ -116,8 +116,7 @@ class Recording:
         raise RecordingError(f"{self.path} {problem}")
 
     def _fail_to_read(self, error: Exception) -> NoReturn:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise RecordingError(f"cannot read {self.path}: {reason}") from error
+        raise RecordingError(f"cannot read {self.path}: {reason(error)}") from error
 
 
 def sampling_params(event: RequestAdded) -> SamplingParams:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tinyllm.engine.llm_engine import LLMEngine
-from tinyllm.errors import RecordingError
+from tinyllm.errors import RecordingError, reason
 from tinyllm.recording.events import FORMAT, MAX_LINE_NBYTES, Event, Header
 from tinyllm.recording.watcher import Watcher
 
@@ -43,7 +43,7 @@ class Recorder:
             self._is_regular = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
             head = self._file.read(64) if self._is_regular else b""
         except (OSError, ValueError) as error:  # ValueError: a null character
-            raise RecordingError(f"cannot write the recording {path}: {_reason(error)}") from error
+            raise RecordingError(f"cannot write the recording {path}: {reason(error)}") from error
         if head and FORMAT.encode() not in head:
             self.close()
             raise RecordingError(f"{path} exists and is not a recording: it is not written over")
@@ -72,7 +72,7 @@ class Recorder:
             self._write_line(header.to_json())
         except OSError as error:
             self.close()
-            raise RecordingError(f"cannot write the recording {self.path}: {_reason(error)}") from error
+            raise RecordingError(f"cannot write the recording {self.path}: {reason(error)}") from error
         engine.observer = Watcher(engine, self._record)
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class Recorder:
                 raise ValueError(f"a line of {len(line)} bytes; at most {MAX_LINE_NBYTES} can be read again")
             self._write_line(line)
         except (OSError, ValueError) as error:
-            self.error = f"the recording {self.path} is incomplete: {_reason(error)}"
+            self.error = f"the recording {self.path} is incomplete: {reason(error)}"
             self.close()
             self._on_error(self.error)
 
@@ -97,10 +97,6 @@ class Recorder:
         data = line.encode("ascii")
         while data:
             data = data[self._file.write(data) or 0 :]
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _warn(message: str) -> None:
