@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tinyllm.backends.cpu_kernels.jit import device, kernel
+from collections.abc import Callable
+from typing import Any
+
+from tinyllm.backends.cpu_kernels.jit import Kernel, device, kernel
 from tinyllm.backends.cpu_kernels.simd import (
     fma,
     lane_sum,
@@ -82,26 +85,25 @@ def layer_norm(
             store_first(target + 4 * i, fma(values, scale, shift), lanes)
 
 
-@kernel
-def silu_mul(worker: int, begin: int, end: int, x: int, x_stride: int, columns: int, out: int, out_stride: int) -> None:
-    """out = silu(x[:columns]) * x[columns:]"""
-    for row in range(begin, end):
-        gate, target = x + row * x_stride, out + row * out_stride
-        up = gate + 4 * columns
-        for i in range(0, columns, 16):
-            lanes = columns - i
-            store_first(target + 4 * i, silu(load_first(gate + 4 * i, lanes)) * load_first(up + 4 * i, lanes), lanes)
+def _gated(name: str, activation: Callable[..., Any]) -> Kernel:
+    """out = activation(x[:columns]) * x[columns:]"""
+
+    def gated(
+        worker: int, begin: int, end: int, x: int, x_stride: int, columns: int, out: int, out_stride: int
+    ) -> None:
+        for row in range(begin, end):
+            gate, target = x + row * x_stride, out + row * out_stride
+            up = gate + 4 * columns
+            for i in range(0, columns, 16):
+                lanes = columns - i
+                values = activation(load_first(gate + 4 * i, lanes)) * load_first(up + 4 * i, lanes)
+                store_first(target + 4 * i, values, lanes)
+
+    return Kernel(f"rows.{name}", gated)
 
 
-@kernel
-def gelu_mul(worker: int, begin: int, end: int, x: int, x_stride: int, columns: int, out: int, out_stride: int) -> None:
-    """out = gelu(x[:columns]) * x[columns:]"""
-    for row in range(begin, end):
-        gate, target = x + row * x_stride, out + row * out_stride
-        up = gate + 4 * columns
-        for i in range(0, columns, 16):
-            lanes = columns - i
-            store_first(target + 4 * i, gelu(load_first(gate + 4 * i, lanes)) * load_first(up + 4 * i, lanes), lanes)
+silu_mul = _gated("silu_mul", silu)
+gelu_mul = _gated("gelu_mul", gelu)
 
 
 @kernel
