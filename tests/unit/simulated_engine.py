@@ -145,7 +145,6 @@ class Simulation:
     def fork_parked(self, sequence: Sequence) -> None:
         child = make_sequence(sequence.token_ids, request=sequence.request)
         child.status = SequenceStatus.FINISHED
-        child.block_hashes = sequence.block_hashes.copy()
         self.manager.fork(sequence, child)
         self.scheduler.park(child)
         self.parked.append(child)
@@ -276,7 +275,6 @@ class Simulation:
         request = parent.request
         request.num_forks += 1
         child = make_sequence(parent.token_ids, index=request.num_forks, request=request)
-        child.block_hashes = parent.block_hashes.copy()
         self.scheduler.add_fork(parent, child)
         return child
 

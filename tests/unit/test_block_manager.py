@@ -299,7 +299,6 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @rule(target=sequences, parent=sequences)
     def fork(self, parent: Sequence) -> Any:
         child = make_sequence(parent.token_ids, request=parent.request)
-        child.block_hashes = parent.block_hashes.copy()
         free = list(self.manager._free)
         self.manager.fork(parent, child)
         assert list(self.manager._free) == free, "no memory"

@@ -107,7 +107,7 @@ class BlockManager:
         sequence.block_table = prefix
         sequence.num_computed_tokens = num_prefix_tokens
         sequence.num_hashed_blocks = num_prefix_tokens // self.block_size
-        sequence.num_released_blocks = max((i for i, block in enumerate(prefix, 1) if block == RELEASED), default=0)
+        sequence.num_released_blocks = _end_of_released(prefix)
         copies = self.append_slots(sequence, num_tokens)
         assert copies is not None
         return copies
@@ -117,6 +117,7 @@ class BlockManager:
         assert not child.block_table
         self._hold(parent.block_table)
         child.block_table = parent.block_table.copy()
+        child.block_hashes = parent.block_hashes.copy()
         child.num_computed_tokens = parent.num_computed_tokens
         child.num_hashed_blocks = parent.num_hashed_blocks
         child.num_released_blocks = parent.num_released_blocks
@@ -130,7 +131,7 @@ class BlockManager:
         if sum(held) > len(self._free):
             return False
         sequence.block_table = [self._allocate() if wanted else RELEASED for wanted in held]
-        sequence.num_released_blocks = max((i for i, wanted in enumerate(held, 1) if not wanted), default=0)
+        sequence.num_released_blocks = _end_of_released(sequence.block_table)
         return True
 
     def free(self, sequence: Sequence) -> None:
@@ -276,3 +277,8 @@ class BlockManager:
     def _holds(self, block: int, sequence: Sequence, i: int) -> bool:
         cached = self._cached[block]
         return cached.token_ids == self._tokens(sequence, i) and cached.parent == self._parent(sequence, i)
+
+
+def _end_of_released(table: Seq[int]) -> int:
+    """How many blocks of a table lie before the end of the gap that was given back; 0 without one."""
+    return max((i for i, block in enumerate(table, 1) if block == RELEASED), default=0)

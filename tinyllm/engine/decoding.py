@@ -182,7 +182,6 @@ class Decoding:
         request = parent.request
         request.num_forks += 1
         child = self._sequence(request, parent.token_ids.copy(), parent.history.copy(), request.num_forks)
-        child.block_hashes = parent.block_hashes.copy()
         self.scheduler.add_fork(parent, child)
         if request.beam_search is None:
             request.sequences.append(child)

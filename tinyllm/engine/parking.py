@@ -35,7 +35,6 @@ class Parking:
     def fork(self, parked: Sequence) -> Sequence:
         """Another sequence at rest in the same state: references to the same blocks, no memory."""
         child = _at_rest(parked)
-        child.block_hashes = parked.block_hashes.copy()
         self.scheduler.block_manager.fork(parked, child)
         self.scheduler.park(child)
         return child
