@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from tinyllm.backends.base import F32Array, I32Array
 from tinyllm.config import KV_DTYPES
 from tinyllm.engine.snapshot import Snapshot
-from tinyllm.errors import InvalidRequestError, SnapshotError
+from tinyllm.errors import InvalidRequestError, SnapshotError, reason
 from tinyllm.sampling_params import SamplingParams
 from weights import Tensor, WeightsError
 from weights.errors import quoted
 from weights.mapped import MappedFile
-from weights.safetensors import read_safetensors_file
+from weights.safetensors import ITEM_NBYTES, read_safetensors_file
 
 __all__ = ["check_snapshot", "load_snapshot", "save_snapshot"]
 
@@ -41,7 +41,6 @@ MAX_FINGERPRINT_LENGTH = 4096
 MAX_HEADER_NBYTES = 1 << 18
 NO_DIGEST = "0" * 64
 DIGEST_KEY = b'"sha256":"'  # quotes inside a JSON string are escaped, so wherever these bytes stand, they are this key
-ITEM_NBYTES = {"f32": 4, "f16": 2, "bf16": 2}
 TENSORS = ("token_ids", "positions", "keys", "values")
 METADATA = ("format", "version", "fingerprint", "num_computed_tokens", "window", "sinks", "cache_salt", "sha256")
 
@@ -77,7 +76,7 @@ def save_snapshot(snapshot: Snapshot, path: str | Path) -> None:
     except SnapshotError as error:
         raise SnapshotError(f"{path}: {error}") from error.__cause__
     except (OSError, RuntimeError, ValueError) as error:  # no room, no folder, a loop of links, a NUL in the name
-        raise SnapshotError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        raise SnapshotError(f"{path}: cannot be written: {reason(error)}") from error
 
 
 def _write(snapshot: Snapshot, file: BinaryIO) -> None:
@@ -107,8 +106,8 @@ def _header(snapshot: Snapshot) -> bytes:
     end = 0
     for name in TENSORS:
         array = getattr(snapshot, name)
-        kind, item = ("I32", 4) if name in TENSORS[:2] else (snapshot.kv_dtype.upper(), ITEM_NBYTES[snapshot.kv_dtype])
-        begin, end = end, end + item * array.size
+        kind = "I32" if name in TENSORS[:2] else snapshot.kv_dtype.upper()
+        begin, end = end, end + ITEM_NBYTES[kind] * array.size
         header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8

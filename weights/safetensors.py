@@ -18,7 +18,7 @@ from weights.json_file import parse_json_object
 from weights.mapped import MappedFile
 from weights.tensor import Tensor
 
-__all__ = ["DTYPES", "read_safetensors", "read_safetensors_file"]
+__all__ = ["DTYPES", "ITEM_NBYTES", "read_safetensors", "read_safetensors_file"]
 
 DTYPES = ("F32", "F16", "BF16")  # those that a model's parameters may have
 ITEM_NBYTES = {
