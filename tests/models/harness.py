@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinyllm.backends import create_backend
-from tinyllm.backends.base import Backend, Batch, KVCacheSpec
+from tinyllm.backends.base import Backend, Batch, KVCache, KVCacheSpec
 from tinyllm.config import ModelConfig
 from tinyllm.models.model import Model
 from tinyllm.models.registry import load_model, model_config
@@ -130,17 +130,7 @@ def run(model: Model, sequences: Sequence[Sequence[int]], schedule: str = "whole
     config, lengths = model.config, [len(ids) for ids in sequences]
     needed = [-(-n // block_size) for n in lengths]
     num_blocks = sum(needed) + 3  # three that nobody owns
-    spec = KVCacheSpec(
-        num_layers=config.num_layers,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype="f32",
-    )
-    cache = model.backend.allocate_kv_cache(spec)
-    for layer in cache.layers:
-        poison(layer)
+    cache = poisoned_cache(model, num_blocks)
     blocks = np.random.default_rng(seed).permutation(num_blocks)
     tables = np.full((len(sequences), max(needed)), 2**31 - 1, np.int32)
     for s, part in enumerate(np.split(blocks[: sum(needed)], np.cumsum(needed)[:-1])):
@@ -161,6 +151,26 @@ def run(model: Model, sequences: Sequence[Sequence[int]], schedule: str = "whole
             rows[s].append(model.compute_logits(hidden[start:end].copy(), workspace).copy())
     assert done == lengths
     return np.concatenate([row for sequence_rows in rows for row in sequence_rows])
+
+
+def cache_spec(config: ModelConfig, num_blocks: int, block_size: int) -> KVCacheSpec:
+    """A float32 cache for a model."""
+    return KVCacheSpec(
+        num_layers=config.num_layers,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype="f32",
+    )
+
+
+def poisoned_cache(model: Model, num_blocks: int) -> KVCache:
+    """A cache full of NaN, in blocks of the backend's size here."""
+    cache = model.backend.allocate_kv_cache(cache_spec(model.config, num_blocks, BLOCK_SIZES[model.backend.name]))
+    for layer in cache.layers:
+        poison(layer)
+    return cache
 
 
 def poison(layer: object) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.models.harness import ALL, BLOCK_SIZES, build_batch, difference, fixture_path, poison
+from tests.models.harness import ALL, BLOCK_SIZES, build_batch, cache_spec, difference, fixture_path, poisoned_cache
 from tests.tiny import CONFIG, tiny_checkpoint, tiny_model
-from tinyllm.backends.base import NO_WINDOW, Batch, KVCacheSpec
+from tinyllm.backends.base import NO_WINDOW, Batch
 from tinyllm.backends.reference import ReferenceBackend
 from tinyllm.models.model import Model
 from tinyllm.models.registry import load_model, model_config
@@ -37,17 +37,7 @@ def run(model: Model, ids: list[int], mask: tuple[int, int], chunks: list[int]) 
     (sinks, window), config = mask, model.config
     size = BLOCK_SIZES[model.backend.name]
     num_blocks = -(-len(ids) // size)
-    spec = KVCacheSpec(
-        num_layers=config.num_layers,
-        num_blocks=num_blocks,
-        block_size=size,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype="f32",
-    )
-    cache = model.backend.allocate_kv_cache(spec)
-    for layer in cache.layers:
-        poison(layer)
+    cache = poisoned_cache(model, num_blocks)
     tables = np.random.default_rng(1).permutation(num_blocks).astype(np.int32)[None]
     workspace = Workspace.allocate(config, max(chunks), max(chunks))
     rows, done = [], 0
@@ -162,19 +152,12 @@ def test_the_query_for_the_sinks_is_the_query_at_the_cache_s_end(name: str, wind
     with open_checkpoint(fixture_path(name, "huggingface")) as checkpoint:
         model = load_model(checkpoint, model_config(checkpoint), spy)
     config, T = model.config, 12
-    spec = KVCacheSpec(
-        num_layers=config.num_layers,
-        num_blocks=6,
-        block_size=4,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype="f32",
-    )
+    cache = model.backend.allocate_kv_cache(cache_spec(config, 6, 4))
     ids = [np.arange(1, T + 1).tolist()] * 2
     batch = build_batch([(0, T), (1, T)], [0, 0], ids, np.arange(6, dtype=np.int32).reshape(2, 3), 4)
     workspace = Workspace.allocate(config, 2 * T, 1)
     batch = streaming(batch, [(3, window), (0, NO_WINDOW)])
-    model.forward(batch, model.backend.allocate_kv_cache(spec), workspace)
+    model.forward(batch, cache, workspace)
     assert len(spy.seen) == config.num_layers
     for q, sink_q, layer_window in spy.seen:
         if layer_window is not None and layer_window <= window:

@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.models.harness import ALL, build_batch, load_fixture
-from tinyllm.backends.base import KVCacheSpec
+from tests.models.harness import ALL, build_batch, cache_spec, load_fixture
 from tinyllm.models.workspace import Workspace, workspace_shapes
 
 
@@ -69,15 +68,8 @@ def test_the_cpu_backend_s_steps_allocate_next_to_nothing(name: str, streams: bo
     model = load_fixture(name, "huggingface", "cpu")
     config = model.config
     T = min(config.max_position, 64)
-    spec = KVCacheSpec(
-        num_layers=config.num_layers,
-        num_blocks=4,
-        block_size=16,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype="f32",
-    )
-    cache, workspace = model.backend.allocate_kv_cache(spec), Workspace.allocate(config, T, T)
+    cache = model.backend.allocate_kv_cache(cache_spec(config, 4, 16))
+    workspace = Workspace.allocate(config, T, T)
     batch = build_batch([(0, T)], [0], [[1] * T], np.arange(4, dtype=np.int32)[None], 16)
     if streams:
         sinks, windows = np.full(1, 2, np.int32), np.full(1, 3, np.int32)
