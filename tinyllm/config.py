@@ -9,9 +9,10 @@ from typing import Any
 
 from tinyllm.errors import ConfigError
 
-__all__ = ["KV_DTYPES", "EngineConfig", "ModelConfig", "RopeConfig"]
+__all__ = ["COMPUTE_DTYPES", "KV_DTYPES", "EngineConfig", "ModelConfig", "RopeConfig"]
 
-KV_DTYPES = ("f32", "f16", "bf16")
+KV_DTYPES = ("f32", "f16", "bf16", "int8", "fp8")
+COMPUTE_DTYPES = ("f32", "f16", "bf16")
 _ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -172,12 +173,17 @@ class EngineConfig:
     Attributes:
         max_batch_tokens: the token budget of one step; prompts are prefilled in chunks of at most this.
         max_num_seqs: how many sequences may run at once.
-        block_size: tokens per KV block; a multiple of 16 on the cpu backend.
+        block_size: tokens per KV block; a multiple of 16 on the cpu backend, a power of two up to 256 on the GPU.
         num_blocks: KV blocks to reserve; None sizes the cache from the model and the free memory.
-        kv_dtype: storage of keys and values: "f32", "f16" or "bf16".
+        kv_dtype: storage of keys and values: "f32", "f16", "bf16", or on the GPU "int8" or "fp8" with a scale for each
+            token and head; "auto" is what the backend computes attention in: f32 on the CPU.
         max_model_len: the longest prompt plus output, in tokens; None means the model's own limit.
         num_threads: CPU threads; None means all that this process may use.
-        device: "auto", "cpu" or "reference".
+        device: "auto" (a GPU if there is one, else the CPU), "cpu", "cuda", "cuda-emulated" or "reference".
+        compute_dtype: what linear layers multiply in on the GPU: "f32", "f16" or "bf16"; "auto" follows the weights'
+            storage: exact float32 for F32 weights, tensor cores in f16 or bf16 for all others. Sums are float32.
+        cuda_graphs: replay decode steps as CUDA graphs instead of launching kernel by kernel.
+        fast_matmul: cuBLAS for the GPU's linear layers. It gives up the same bits: they depend on the batch then.
         prefix_caching: keep the keys and values of finished requests for others that begin with the same tokens.
         debug_checks: verify the block manager's invariants after every step.
     """
@@ -186,10 +192,13 @@ class EngineConfig:
     max_num_seqs: int = 256
     block_size: int = 16
     num_blocks: int | None = None
-    kv_dtype: str = "f32"
+    kv_dtype: str = "auto"
     max_model_len: int | None = None
     num_threads: int | None = None
     device: str = "auto"
+    compute_dtype: str = "auto"
+    cuda_graphs: bool = True
+    fast_matmul: bool = False
     prefix_caching: bool = True
     debug_checks: bool = False
 
@@ -203,9 +212,12 @@ class EngineConfig:
                 value is None or _is_int(value, 1, high),
                 f"{name} must be an integer from 1 to {high}, not {value!r}",
             )
-        _require(self.kv_dtype in KV_DTYPES, f"kv_dtype must be one of {', '.join(KV_DTYPES)}, not {self.kv_dtype!r}")
+        for name, known in (("kv_dtype", KV_DTYPES), ("compute_dtype", COMPUTE_DTYPES)):
+            value = getattr(self, name)
+            allowed = (*known, "auto")
+            _require(value in allowed, f"{name} must be one of {', '.join(allowed)}, not {value!r}")
         _require(isinstance(self.device, str), f"device must be a string, not {self.device!r}")
-        for name in ("prefix_caching", "debug_checks"):
+        for name in ("cuda_graphs", "fast_matmul", "prefix_caching", "debug_checks"):
             _require(isinstance(getattr(self, name), bool), f"{name} must be True or False")
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyllm.backends import create_backend
+from tinyllm.backends import backend_for
 from tinyllm.config import EngineConfig
 from tinyllm.engine.llm_engine import LLMEngine
 from tinyllm.engine.request_loop import RequestLoop
@@ -68,7 +68,7 @@ class LLM:
     ) -> None:
         self.engine_config = EngineConfig.from_options(engine_options)
         self.recorder = None if record is None else Recorder(record, on_error=on_event)
-        backend = create_backend(self.engine_config.device, self.engine_config.num_threads, on_event=on_event)
+        backend = backend_for(self.engine_config, on_event=on_event)
         checkpoint = open_model(model)
         try:
             self.config = model_config(checkpoint)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from tinyllm.backends.base import Backend, KVCacheSpec
 from tinyllm.config import EngineConfig, ModelConfig
-from tinyllm.engine.kv_cache import available_memory, kv_cache_spec, max_logits_rows, max_sequence_len
+from tinyllm.engine.kv_cache import kv_cache_spec, max_logits_rows, max_sequence_len, scratch_sizes
 from tinyllm.models.registry import parameters_nbytes
 from tinyllm.models.workspace import Workspace
 from weights import Checkpoint
@@ -77,7 +77,7 @@ def plan_memory(checkpoint: Checkpoint, model: ModelConfig, engine: EngineConfig
     weights = parameters_nbytes(checkpoint, model, backend)
     workspace = Workspace.size_of(model, engine.max_batch_tokens, max_logits_rows(engine))
     max_len = max_sequence_len(model, engine)
-    available = available_memory()
+    available = backend.available_nbytes()
     free = available - weights - workspace - _scratch_nbytes(model, engine, backend, max_len)
     spec = kv_cache_spec(model, engine, backend, max(0, free))
     one, two = (backend.kv_cache_nbytes(replace(spec, num_blocks=n)) for n in (1, 2))
@@ -95,8 +95,5 @@ def plan_memory(checkpoint: Checkpoint, model: ModelConfig, engine: EngineConfig
 
 
 def _scratch_nbytes(model: ModelConfig, engine: EngineConfig, backend: Backend, max_len: int) -> int:
-    max_in_features = max(model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim)
     max_context = -(-max_len // engine.block_size) * engine.block_size
-    return backend.workspace_nbytes(
-        engine.max_batch_tokens, max_in_features, model.num_heads, model.num_kv_heads, model.head_dim, max_context
-    )
+    return backend.workspace_nbytes(*scratch_sizes(model, engine.max_batch_tokens, max_context))

@@ -36,6 +36,7 @@ from weights.safetensors import ITEM_NBYTES, read_safetensors_file
 __all__ = ["check_snapshot", "load_snapshot", "save_snapshot"]
 
 FORMAT = "tinyllm snapshot"
+FILE_DTYPES = ("f32", "f16", "bf16")  # of keys and values; the file has no place for the scales of int8 and fp8
 VERSION = "1"
 MAX_FINGERPRINT_LENGTH = 4096
 MAX_HEADER_NBYTES = 1 << 18
@@ -58,6 +59,10 @@ def save_snapshot(snapshot: Snapshot, path: str | Path) -> None:
     """
     try:
         check_snapshot(snapshot)
+        if snapshot.kv_dtype not in FILE_DTYPES:
+            raise SnapshotError(
+                f"a session in {snapshot.kv_dtype} cannot be saved: files hold {', '.join(FILE_DTYPES)}"
+            )
         target = Path(path).resolve()  # through a symbolic link, not over it
         if target.exists() and not target.is_file():
             raise SnapshotError("not a regular file")
@@ -193,7 +198,7 @@ def _read(file: MappedFile) -> Snapshot:
     sinks = _as_int(metadata, "sinks")
     _check_settings(metadata["fingerprint"], window, sinks, metadata["cache_salt"])
     kv_dtype = tensors["keys"].dtype.lower()
-    if kv_dtype not in KV_DTYPES:
+    if kv_dtype not in FILE_DTYPES:
         raise SnapshotError(f"keys cannot be {tensors['keys'].dtype}")
     for name, dtype in zip(TENSORS, ("I32", "I32", kv_dtype.upper(), kv_dtype.upper()), strict=True):
         if tensors[name].dtype != dtype:

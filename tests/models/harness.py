@@ -137,13 +137,17 @@ def run(model: Model, sequences: Sequence[Sequence[int]], schedule: str = "whole
         tables[s, : len(part)] = part
 
     steps = SCHEDULES[schedule](lengths)
-    workspace = Workspace.allocate(config, max(sum(n for _, n in step) for step in steps), max(lengths) + 1)
+    workspace = Workspace.allocate(
+        config, max(sum(n for _, n in step) for step in steps), max(lengths) + 1, model.backend
+    )
     for buffer in workspace.buffers.values():
         buffer.fill(np.nan)
     rows: list[list[np.ndarray]] = [[] for _ in sequences]
     done = [0] * len(sequences)
     for step in steps:
-        hidden = model.forward(build_batch(step, done, sequences, tables, block_size), cache, workspace)
+        hidden = model.forward(
+            model.stage(build_batch(step, done, sequences, tables, block_size), workspace), cache, workspace
+        )
         end = 0
         for s, count in step:
             start, end = end, end + count

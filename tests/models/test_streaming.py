@@ -39,7 +39,7 @@ def run(model: Model, ids: list[int], mask: tuple[int, int], chunks: list[int]) 
     num_blocks = -(-len(ids) // size)
     cache = poisoned_cache(model, num_blocks)
     tables = np.random.default_rng(1).permutation(num_blocks).astype(np.int32)[None]
-    workspace = Workspace.allocate(config, max(chunks), max(chunks))
+    workspace = Workspace.allocate(config, max(chunks), max(chunks), model.backend)
     rows, done = [], 0
     while done < len(ids):
         count = min(chunks[len(rows) % len(chunks)], len(ids) - done)
@@ -48,7 +48,9 @@ def run(model: Model, ids: list[int], mask: tuple[int, int], chunks: list[int]) 
         for layer in cache.layers:
             layer.k[freed], layer.v[freed] = np.nan, np.nan
         batch = streaming(build_batch([(0, count)], [done], [ids], tables, size), [mask])
-        rows.append(model.compute_logits(model.forward(batch, cache, workspace), workspace).copy())
+        rows.append(
+            model.compute_logits(model.forward(model.stage(batch, workspace), cache, workspace), workspace).copy()
+        )
         done += count
     return np.concatenate(rows)
 
@@ -155,9 +157,9 @@ def test_the_query_for_the_sinks_is_the_query_at_the_cache_s_end(name: str, wind
     cache = model.backend.allocate_kv_cache(cache_spec(config, 6, 4))
     ids = [np.arange(1, T + 1).tolist()] * 2
     batch = build_batch([(0, T), (1, T)], [0, 0], ids, np.arange(6, dtype=np.int32).reshape(2, 3), 4)
-    workspace = Workspace.allocate(config, 2 * T, 1)
+    workspace = Workspace.allocate(config, 2 * T, 1, model.backend)
     batch = streaming(batch, [(3, window), (0, NO_WINDOW)])
-    model.forward(batch, cache, workspace)
+    model.forward(model.stage(batch, workspace), cache, workspace)
     assert len(spy.seen) == config.num_layers
     for q, sink_q, layer_window in spy.seen:
         if layer_window is not None and layer_window <= window:

@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.models.harness import ALL, build_batch, cache_spec, load_fixture
+from tests.models.harness import ALL, backend, build_batch, cache_spec, load_fixture
 from tinyllm.models.workspace import Workspace, workspace_shapes
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_buffers_are_those_announced(name: str) -> None:
     config = load_fixture(name, "huggingface", "reference").config
-    workspace = Workspace.allocate(config, 9, 4)
+    workspace = Workspace.allocate(config, 9, 4, backend("reference"))
     shapes = workspace_shapes(config, 9, 4)
     assert {key: buffer.shape for key, buffer in workspace.buffers.items()} == shapes
     assert all(buffer.dtype == np.float32 for buffer in workspace.buffers.values())
@@ -26,7 +26,7 @@ def test_the_buffers_are_those_announced(name: str) -> None:
 
 def test_activations_are_views_of_the_first_rows() -> None:
     config = load_fixture("gemma3", "huggingface", "reference").config
-    workspace = Workspace.allocate(config, 9, 4)
+    workspace = Workspace.allocate(config, 9, 4, backend("reference"))
     a = workspace.activations(5)
     assert (a.q.shape, a.k.shape, a.v.shape) == ((5, 2, 8), (5, 1, 8), (5, 1, 8))
     a.qkv[:] = np.arange(5 * 32, dtype=np.float32).reshape(5, 32)
@@ -47,13 +47,13 @@ def test_activations_are_views_of_the_first_rows() -> None:
 
 
 def test_gpt2_has_no_buffers_of_rotations() -> None:
-    workspace = Workspace.allocate(load_fixture("gpt2", "huggingface", "reference").config, 9, 4)
+    workspace = Workspace.allocate(load_fixture("gpt2", "huggingface", "reference").config, 9, 4, backend("reference"))
     assert not {"cos", "sink_cos", "local_cos", "sink_q"} & set(workspace.buffers)
     assert workspace.activations(5).sink_q.size == 0
 
 
 def test_more_than_was_reserved_is_a_programming_error() -> None:
-    workspace = Workspace.allocate(load_fixture("llama", "huggingface", "reference").config, 9, 4)
+    workspace = Workspace.allocate(load_fixture("llama", "huggingface", "reference").config, 9, 4, backend("reference"))
     with pytest.raises(AssertionError):
         workspace.activations(10)
     with pytest.raises(AssertionError):
@@ -69,15 +69,15 @@ def test_the_cpu_backend_s_steps_allocate_next_to_nothing(name: str, streams: bo
     config = model.config
     T = min(config.max_position, 64)
     cache = model.backend.allocate_kv_cache(cache_spec(config, 4, 16))
-    workspace = Workspace.allocate(config, T, T)
+    workspace = Workspace.allocate(config, T, T, model.backend)
     batch = build_batch([(0, T)], [0], [[1] * T], np.arange(4, dtype=np.int32)[None], 16)
     if streams:
         sinks, windows = np.full(1, 2, np.int32), np.full(1, 3, np.int32)
         batch = replace(batch, windows=windows, num_sinks=sinks, sink_positions=np.minimum(batch.positions, 4))
-    model.compute_logits(model.forward(batch, cache, workspace), workspace)
+    model.compute_logits(model.forward(model.stage(batch, workspace), cache, workspace), workspace)
     tracemalloc.start()
     try:
-        hidden = model.forward(batch, cache, workspace)
+        hidden = model.forward(model.stage(batch, workspace), cache, workspace)
         logits = model.compute_logits(hidden, workspace)
         _, peak = tracemalloc.get_traced_memory()
     finally:

@@ -74,10 +74,10 @@ def test_the_cache_gets_what_weights_and_workspace_leave(monkeypatch: pytest.Mon
     plan = plan_of("llama.gguf", engine)
     other = plan.total_nbytes - plan.kv_cache_nbytes
     block = plan.kv_cache_nbytes // plan.num_blocks
-    monkeypatch.setattr("tinyllm.plan.available_memory", lambda: other + 4 * block)
+    monkeypatch.setattr("tinyllm.backends.host.available_memory", lambda: other + 4 * block)
     tight = plan_of("llama.gguf", engine)
     assert (tight.num_blocks, tight.fits) == (2, True)  # half of what is free, as one sequence needs more than that
-    monkeypatch.setattr("tinyllm.plan.available_memory", lambda: other // 2)
+    monkeypatch.setattr("tinyllm.backends.host.available_memory", lambda: other // 2)
     assert not plan_of("llama.gguf", engine).fits
     with pytest.raises(ConfigError, match="KV blocks take"):
         plan_of("llama.gguf", EngineConfig(max_batch_tokens=16, num_blocks=1))

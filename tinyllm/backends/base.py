@@ -11,8 +11,9 @@ the block numbers, the chunking, or the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,13 +21,39 @@ from numpy.typing import NDArray
 
 from weights import Tensor
 
-__all__ = ["NO_WINDOW", "SPLIT_KEYS", "Backend", "Batch", "F32Array", "I32Array", "KVCache", "KVCacheSpec", "Weight"]
+__all__ = [
+    "NO_WINDOW",
+    "SPLIT_KEYS",
+    "Backend",
+    "Batch",
+    "BatchExtent",
+    "F32Array",
+    "I32Array",
+    "KVCache",
+    "KVCacheSpec",
+    "Weight",
+]
 
-F32Array = NDArray[np.float32]
+F32Array = NDArray[np.float32]  # on a device other than the host: the device's own arrays, alike in all that is used
 I32Array = NDArray[np.int32]
 
 SPLIT_KEYS = 256  # attention partials cover this many keys, at fixed absolute positions
 NO_WINDOW = (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class BatchExtent:
+    """What the host knows of a batch, wherever its arrays are. It decides what is launched, never a result.
+
+    Attributes:
+        max_query_len: the most tokens of one sequence in this step.
+        max_seq_len: no sequence is longer than this.
+        sink_window: the narrowest window of a sequence with sinks; NO_WINDOW if there is none.
+    """
+
+    max_query_len: int
+    max_seq_len: int
+    sink_window: int = NO_WINDOW
 
 
 @dataclass(frozen=True)
@@ -47,6 +74,7 @@ class Batch:
             see Backend.paged_attention. NO_WINDOW and 0 for sequences that do not.
         sink_positions: (T,) where each query stands for the sinks' keys: min(position, sinks + window - 1). None where
             `windows` is.
+        staged_extent: the extent of a batch whose arrays are on a device; None where they are numpy's.
     """
 
     token_ids: I32Array
@@ -58,6 +86,20 @@ class Batch:
     windows: I32Array | None = None
     num_sinks: I32Array | None = None
     sink_positions: I32Array | None = None
+    staged_extent: BatchExtent | None = None
+
+    @cached_property
+    def extent(self) -> BatchExtent:
+        if self.staged_extent is not None:
+            return self.staged_extent
+        sink_window = NO_WINDOW
+        if self.windows is not None and self.num_sinks is not None:
+            sink_window = int(self.windows[self.num_sinks > 0].min(initial=NO_WINDOW))
+        return BatchExtent(
+            max_query_len=int(np.diff(self.cu_seqlens_q).max(initial=0)),
+            max_seq_len=int(self.seq_lens.max(initial=0)),
+            sink_window=sink_window,
+        )
 
 
 class Weight(Protocol):
@@ -72,7 +114,7 @@ class Weight(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class KVCacheSpec:
-    """The paged cache to reserve. dtype: "f32", "f16" or "bf16"."""
+    """The paged cache to reserve. dtype: one of tinyllm.config.KV_DTYPES but "auto"."""
 
     num_layers: int
     num_blocks: int
@@ -99,9 +141,16 @@ class KVCache(Protocol):
 
 
 class Backend(Protocol):
-    """One device's implementation of the ops. Weights and caches are those that the same backend made."""
+    """One device's implementation of the ops. Weights, caches and buffers are those that the same backend made.
+
+    Attributes:
+        on_host: whether its arrays are numpy arrays that the host may read and write as they are.
+        default_kv_dtype: how keys and values are stored where nothing else was asked for.
+    """
 
     name: str
+    on_host: bool
+    default_kv_dtype: str
 
     # ---- what the backend holds in memory; sizes are exact, and known before anything is allocated
 
@@ -113,8 +162,16 @@ class Backend(Protocol):
         """Bytes that load_matrix will hold for parts given as (dtype, (out_i, in))."""
         ...
 
-    def load_vector(self, tensor: Tensor) -> F32Array:
-        """A norm weight or bias, as float32."""
+    def load_vector(self, tensors: Sequence[Tensor]) -> F32Array:
+        """A norm weight or bias as float32, (n,): the tensors end to end."""
+        ...
+
+    def allocate(self, shape: tuple[int, ...]) -> F32Array:
+        """A buffer for activations, its contents undefined."""
+        ...
+
+    def available_nbytes(self) -> int:
+        """Bytes of the device's memory that may still be taken."""
         ...
 
     def allocate_kv_cache(self, spec: KVCacheSpec) -> KVCache:
@@ -127,6 +184,42 @@ class Backend(Protocol):
         self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
     ) -> int:
         """The most scratch memory that ops of these sizes hold; max_context: columns of block_tables in tokens."""
+        ...
+
+    # ---- between host and device
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """An array's contents in numpy, once all that was begun is done; on_host: the array itself."""
+        ...
+
+    def to_device(self, array: NDArray[Any]) -> Any:
+        """A host array's contents where ops take them; on_host: the array itself, C-contiguous."""
+        ...
+
+    def upload(self, target: Any, source: NDArray[Any]) -> None:
+        """target[...] = source, for a buffer of this backend and a host array of the same shape and dtype."""
+        ...
+
+    def padded(self, batch: Batch) -> Batch:
+        """A host batch with as much padding as this backend wants, so that few sizes of steps occur.
+
+        Padding adds sequences of one token at the end: token 0 at position 0, slot -1, seq_len 0. What is computed
+        of them means nothing, and is written nowhere that lasts.
+        """
+        ...
+
+    def stage(self, batch: Batch) -> Batch:
+        """A padded host batch as ops take it: on the device."""
+        ...
+
+    def reserve(
+        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
+    ) -> None:
+        """Takes the scratch memory that `workspace_nbytes` tells of, where steps must not take any themselves."""
+        ...
+
+    def run_step(self, batch: Batch, step: Callable[[], None]) -> None:
+        """Runs `step`, which launches ops over a staged batch, or what it launched for an earlier one of this kind."""
         ...
 
     # ---- ops
@@ -164,6 +257,22 @@ class Backend(Protocol):
         """
         ...
 
+    def rotate(self, q: F32Array, cos: F32Array, sin: F32Array, *, out: F32Array) -> None:
+        """rope's rotation of q (T, H, D), written to out (T, H, D)."""
+        ...
+
+    def add(self, x: F32Array, y: F32Array) -> None:
+        """x (T, M) += y (T, M)"""
+        ...
+
+    def scale(self, x: F32Array, factor: float) -> None:
+        """x (T, M) *= factor, as float32"""
+        ...
+
+    def gather_rows(self, x: F32Array, rows: I32Array) -> F32Array:
+        """Rows (R,), on the host, of x (T, M) -> (R, M), valid until the next call."""
+        ...
+
     def silu_mul(self, x: F32Array, *, out: F32Array | None = None) -> F32Array:
         """(T, 2I) -> (T, I): silu(x[:, :I]) * x[:, I:]"""
         ...
@@ -181,15 +290,18 @@ class Backend(Protocol):
         ...
 
     def write_kv(self, k: F32Array, v: F32Array, layer: Any, slot_mapping: I32Array) -> None:
-        """(T, KH, D) x 2 into the slots (T,) of a cache layer, rounded to its dtype. k, v may be strided views."""
+        """(T, KH, D) x 2 into the slots (T,) of a cache layer, rounded to its dtype; a slot of -1 takes none.
+
+        k, v may be strided views.
+        """
         ...
 
     def read_kv(self, layer: Any, slots: I32Array) -> tuple[F32Array, F32Array]:
-        """The keys and values stored in slots (T,), (T, KH, D) each: write_kv of them changes nothing."""
+        """What slots (T,) hold, on the host: keys and values (T, KH, D). write_kv of them changes nothing."""
         ...
 
     def copy_blocks(self, cache: Any, pairs: I32Array) -> None:
-        """(n, 2): copies block pairs[i, 0] onto pairs[i, 1] in every layer, in order."""
+        """(n, 2), on the host: copies block pairs[i, 0] onto pairs[i, 1] in every layer, in order."""
         ...
 
     def paged_attention(
@@ -203,11 +315,13 @@ class Backend(Protocol):
         softcap: float = 0.0,
         sink_q: F32Array | None = None,
         out: F32Array | None = None,
+        lse: F32Array | None = None,
     ) -> tuple[F32Array, F32Array]:
         """q (T, H, D) against the paged cache -> out (T, H, D), lse (T, H).
 
         Causal: the query at position p sees keys max(0, p - window + 1) <= j <= p. Query head h reads KV head
-        h // (H // KH). Scores are scale * q.k, then softcap. lse is the natural log of the sum of exp(scores).
+        h // (H // KH). Scores are scale * q.k, then softcap. lse is the natural log of the sum of exp(scores). Both go
+        to `out` and `lse` where these are given.
         Partials cover SPLIT_KEYS keys at fixed absolute positions and are merged in ascending order. q and sink_q may
         be strided views.
 

@@ -24,6 +24,7 @@ from tinyllm.backends.cpu_kernels.linear import FEW_ROWS, block_sums, linear_ker
 from tinyllm.backends.cpu_kernels.memory import aligned_zeros
 from tinyllm.backends.cpu_kernels.packing import PackedWeight, pack_matrix, packed_nbytes
 from tinyllm.backends.cpu_kernels.threads import ThreadPool
+from tinyllm.backends.host import HostBackend
 from weights import Tensor
 
 __all__ = ["CpuBackend", "PackedWeight"]
@@ -46,7 +47,7 @@ def _print_compiling(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-class CpuBackend:
+class CpuBackend(HostBackend):
     """The ops of `Backend` on the threads of this process.
 
     Args:
@@ -104,9 +105,6 @@ class CpuBackend:
 
     def load_matrix(self, tensors: Sequence[Tensor]) -> PackedWeight:
         return pack_matrix(tensors, self._run)
-
-    def load_vector(self, tensor: Tensor) -> F32Array:
-        return tensor.dequantize()
 
     def kv_cache_nbytes(self, spec: KVCacheSpec) -> int:
         return cache_nbytes(spec)
@@ -309,15 +307,17 @@ class CpuBackend:
         softcap: float = 0.0,
         sink_q: F32Array | None = None,
         out: F32Array | None = None,
+        lse: F32Array | None = None,
     ) -> tuple[F32Array, F32Array]:
         address = self._address_of
         T, H, D = q.shape
         S, max_blocks = batch.block_tables.shape
         KH = layer.k.shape[1]
         out = np.empty((T, H, D), np.float32) if out is None else out
-        lse = np.empty((T, H), np.float32)
+        lse = np.empty((T, H), np.float32) if lse is None else lse
         assert D == layer.head_dim and H % KH == 0 and q.strides[2] == 4
         assert out.shape == q.shape and out.strides[2] == 4 and out.strides[1] == 4 * D
+        assert lse.shape == (T, H) and lse.flags.c_contiguous
         assert batch.seq_lens.shape == (S,) and batch.cu_seqlens_q.shape == (S + 1,)
         assert batch.block_tables.strides[1] == 4
         heads = H // KH

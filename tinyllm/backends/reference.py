@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyllm.backends.base import NO_WINDOW, SPLIT_KEYS, Batch, F32Array, I32Array, KVCacheSpec
+from tinyllm.backends.host import HostBackend
+from tinyllm.errors import ConfigError
 from weights import Tensor
 
 __all__ = ["ReferenceBackend"]
@@ -96,7 +98,7 @@ def _mask_of(batch: Batch, s: int, window: int | None) -> tuple[int, int]:
     return int(batch.windows[s]), int(batch.num_sinks[s])
 
 
-class ReferenceBackend:
+class ReferenceBackend(HostBackend):
     """Plain numpy."""
 
     name = "reference"
@@ -107,11 +109,10 @@ class ReferenceBackend:
     def matrix_nbytes(self, parts: Sequence[tuple[str, tuple[int, int]]]) -> int:
         return sum(4 * rows * columns for _, (rows, columns) in parts)
 
-    def load_vector(self, tensor: Tensor) -> F32Array:
-        return tensor.dequantize()
-
     def allocate_kv_cache(self, spec: KVCacheSpec) -> PagedKVCache:
         shape = (spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        if spec.dtype not in _STORAGE:
+            raise ConfigError(f"the reference backend has no {spec.dtype} cache")
         dtype = _STORAGE[spec.dtype]
         return PagedKVCache(
             spec, tuple(KVLayer(np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(spec.num_layers))
@@ -215,11 +216,12 @@ class ReferenceBackend:
         softcap: float = 0.0,
         sink_q: F32Array | None = None,
         out: F32Array | None = None,
+        lse: F32Array | None = None,
     ) -> tuple[F32Array, F32Array]:
         T, H, D = q.shape
         block_size, KH = layer.k.shape[1], layer.k.shape[2]
         out = np.empty((T, H, D), np.float32) if out is None else out
-        lse = np.empty((T, H), np.float32)
+        lse = np.empty((T, H), np.float32) if lse is None else lse
         for s, seq_len in enumerate(batch.seq_lens):
             keep, sinks = _mask_of(batch, s, window)
             first_row, end_row = batch.cu_seqlens_q[s], batch.cu_seqlens_q[s + 1]

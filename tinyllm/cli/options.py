@@ -38,6 +38,9 @@ _ENGINE_OPTIONS = {  # field of EngineConfig -> option
     "kv_dtype": "--kv-dtype",
     "max_model_len": "--max-model-len",
     "num_threads": "--threads",
+    "compute_dtype": "--compute-dtype",
+    "cuda_graphs": "--no-cuda-graphs",
+    "fast_matmul": "--fast-matmul",
 }
 
 _SAMPLING_OPTIONS = {  # field of SamplingParams -> option
@@ -72,7 +75,7 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
-    group.add_argument("--device", metavar="NAME", help="auto, cpu or reference (default: auto)")
+    group.add_argument("--device", metavar="NAME", help="auto, cuda, cpu, cuda-emulated or reference (default: auto)")
     group.add_argument(
         "--max-batch-tokens",
         type=int,
@@ -84,11 +87,31 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-blocks", type=int, metavar="N", help="blocks of the KV cache (default: from the model and free memory)"
     )
-    group.add_argument("--kv-dtype", metavar="TYPE", help="f32, f16 or bf16 keys and values (default: f32)")
+    group.add_argument(
+        "--kv-dtype", metavar="TYPE", help="auto, f32, f16, bf16, int8 or fp8 keys and values (default: auto)"
+    )
     group.add_argument(
         "--max-model-len", type=int, metavar="N", help="longest prompt plus output (default: the model's own limit)"
     )
     group.add_argument("--threads", type=int, metavar="N", dest="num_threads", help="CPU threads (default: all)")
+    group.add_argument(
+        "--compute-dtype",
+        metavar="TYPE",
+        help="auto, f32, f16 or bf16 products on the GPU (default: auto, by the weights)",
+    )
+    group.add_argument(
+        "--no-cuda-graphs",
+        action="store_false",
+        default=None,
+        dest="cuda_graphs",
+        help="launch decode steps kernel by kernel",
+    )
+    group.add_argument(
+        "--fast-matmul",
+        action="store_true",
+        default=None,
+        help="cuBLAS for linear layers on the GPU: the bits then depend on the batch",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:

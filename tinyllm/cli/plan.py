@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make_plan(args: argparse.Namespace) -> tuple[str, MemoryPlan]:
-    from tinyllm.backends import create_backend
+    from tinyllm.backends import backend_for
     from tinyllm.config import EngineConfig
     from tinyllm.llm import open_model
     from tinyllm.models.registry import model_config
@@ -70,7 +70,7 @@ def _make_plan(args: argparse.Namespace) -> tuple[str, MemoryPlan]:
 
     with options.naming_options():
         engine = EngineConfig.from_options(options.engine_options(args))
-        backend = create_backend(engine.device, engine.num_threads, on_event=console.notice)
+        backend = backend_for(engine, on_event=console.notice)
         with open_model(options.model_name(args)) as checkpoint:
             config = model_config(checkpoint)
             plan = plan_memory(checkpoint, config, engine, backend)

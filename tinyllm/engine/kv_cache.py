@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from tinyllm.backends.base import Backend, KVCacheSpec
 from tinyllm.config import EngineConfig, ModelConfig
 from tinyllm.errors import ConfigError
 
-__all__ = ["available_memory", "kv_cache_spec", "max_logits_rows", "max_sequence_len"]
+__all__ = ["kv_cache_spec", "max_logits_rows", "max_sequence_len", "scratch_sizes"]
 
 LOGITS_ROWS = 64  # rows of the vocabulary's width held at once
 DEFAULT_SEQUENCES = 8  # a cache sized by default has room for this many of the longest sequences
@@ -30,6 +27,16 @@ def max_logits_rows(engine: EngineConfig) -> int:
     return min(LOGITS_ROWS, engine.max_batch_tokens)
 
 
+def scratch_sizes(model: ModelConfig, max_batch_tokens: int, max_context: int) -> tuple[int, int, int, int, int, int]:
+    """What Backend.workspace_nbytes and reserve want to know. max_context: columns of block tables, in tokens."""
+    max_in_features = max(model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim)
+    return (
+        *(max_batch_tokens, max_in_features),
+        *(model.num_heads, model.num_kv_heads, model.head_dim),
+        min(max_context, model.max_position),
+    )
+
+
 def kv_cache_spec(
     model: ModelConfig, engine: EngineConfig, backend: Backend, available_nbytes: int | None = None
 ) -> KVCacheSpec:
@@ -46,12 +53,12 @@ def kv_cache_spec(
             block_size=engine.block_size,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
-            dtype=engine.kv_dtype,
+            dtype=backend.default_kv_dtype if engine.kv_dtype == "auto" else engine.kv_dtype,
         )
 
     if engine.num_blocks is not None and engine.num_blocks * engine.block_size >= 1 << 31:
         raise ConfigError(f"{engine.num_blocks} blocks of {engine.block_size} tokens are more than 2**31 slots")
-    available = available_memory() if available_nbytes is None else available_nbytes
+    available = backend.available_nbytes() if available_nbytes is None else available_nbytes
     block_nbytes = backend.kv_cache_nbytes(spec(2)) - backend.kv_cache_nbytes(spec(1))
     if engine.num_blocks is not None:
         needed = backend.kv_cache_nbytes(spec(engine.num_blocks))
@@ -64,21 +71,3 @@ def kv_cache_spec(
     wanted = min(per_sequence * min(DEFAULT_SEQUENCES, engine.max_num_seqs), ((1 << 31) - 1) // engine.block_size)
     share = available // DEFAULT_SHARE // block_nbytes
     return spec(max(1, min(wanted, max(share, min(per_sequence, available // 2 // block_nbytes)))))
-
-
-def available_memory() -> int:
-    """Bytes of memory that this process may still take, by the kernel's estimate and its control group's limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        try:
-            available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        except (AttributeError, ValueError, OSError):
-            available = 4 << 30
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        return min(available, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        return available

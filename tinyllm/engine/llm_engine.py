@@ -222,7 +222,9 @@ class LLMEngine:
                 rows.append(first_row + position - start)
             if request.task is Task.EMBED and request.rows is not None:
                 new = max(start, request.num_rows)
-                request.rows[new : start + item.num_tokens] = hidden[first_row + new - start : end]
+                request.rows[new : start + item.num_tokens] = self.runner.host_rows(
+                    hidden, first_row + new - start, end
+                )
                 request.num_rows = max(request.num_rows, start + item.num_tokens)
             sequence.num_computed_tokens += item.num_tokens
         for (sequence, position), logits in zip(wanted, self.runner.logits(hidden, rows), strict=True):

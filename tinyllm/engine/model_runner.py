@@ -9,7 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from tinyllm.backends.base import Batch, F32Array, I32Array, KVCacheSpec
+from tinyllm.backends.base import Batch, F32Array, I32Array, KVCache, KVCacheSpec
+from tinyllm.engine.kv_cache import scratch_sizes
 from tinyllm.models.model import Model
 from tinyllm.models.workspace import Workspace
 
@@ -24,20 +25,35 @@ class ModelRunner:
     def __init__(self, model: Model, spec: KVCacheSpec, *, max_batch_tokens: int, max_logits_rows: int) -> None:
         self.model = model
         self.cache = model.backend.allocate_kv_cache(spec)
-        self.workspace = Workspace.allocate(model.config, max_batch_tokens, max_logits_rows)
+        self.workspace = Workspace.allocate(model.config, max_batch_tokens, max_logits_rows, model.backend)
         self.max_logits_rows = max_logits_rows
+        model.backend.reserve(*scratch_sizes(model.config, max_batch_tokens, spec.num_blocks * spec.block_size))
 
     def forward(self, batch: Batch, copies: Sequence[tuple[int, int]]) -> F32Array:
         """Carries out the block copies, then computes the final hidden states (T, M), a view of the workspace."""
         if copies:
             self.model.backend.copy_blocks(self.cache, np.array(copies, np.int32))
-        return self.model.forward(batch, self.cache, self.workspace)
+        return self._run(batch, self.cache)
+
+    def _run(self, batch: Batch, cache: KVCache) -> F32Array:
+        staged = self.model.stage(batch, self.workspace)
+
+        def step() -> None:
+            self.model.forward(staged, cache, self.workspace)
+
+        self.model.backend.run_step(staged, step)
+        return self.workspace.hidden(len(batch.token_ids))
+
+    def host_rows(self, hidden: F32Array, first: int, end: int) -> F32Array:
+        """Rows of hidden (T, M) as a numpy array."""
+        return self.model.backend.to_host(hidden[first:end])
 
     def logits(self, hidden: F32Array, rows: Sequence[int]) -> Iterator[F32Array]:
         """The logits (V,) of the wanted rows of hidden (T, M), each valid until the next is asked for."""
+        backend = self.model.backend
         for first in range(0, len(rows), self.max_logits_rows):
-            chunk = np.array(rows[first : first + self.max_logits_rows], np.intp)
-            yield from self.model.compute_logits(hidden[chunk], self.workspace)
+            chunk = np.array(rows[first : first + self.max_logits_rows], np.int32)
+            yield from backend.to_host(self.model.compute_logits(backend.gather_rows(hidden, chunk), self.workspace))
 
     # ---- the cache's contents
 
@@ -48,8 +64,10 @@ class ModelRunner:
 
     def write_kv(self, slots: I32Array, keys: F32Array, values: F32Array) -> None:
         """The reverse: exact, where the numbers come from a cache of the same dtype."""
+        backend = self.model.backend
+        device_slots = backend.to_device(slots)
         for layer, k, v in zip(self.cache.layers, keys, values, strict=True):
-            self.model.backend.write_kv(np.ascontiguousarray(k), np.ascontiguousarray(v), layer, slots)
+            backend.write_kv(backend.to_device(k), backend.to_device(v), layer, device_slots)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -64,7 +82,8 @@ class ModelRunner:
         digest.update(repr((self.model.config, self.model.backend.name, spec.dtype)).encode())
         token_ids = np.arange(PROBE_TOKENS, dtype=np.int64) * 7919 % self.model.config.vocab_size
         for position in range(PROBE_TOKENS):
-            hidden = self.model.forward(_probe_batch(token_ids, position, blocks), cache, self.workspace)
+            batch = self.model.stage(_probe_batch(token_ids, position, blocks), self.workspace)
+            hidden = self.model.forward(batch, cache, self.workspace)
             digest.update(next(self.logits(hidden, [0])).tobytes())
         return digest.hexdigest()
 

@@ -138,13 +138,13 @@ class Gemma3(Decoder):
     def __init__(self, config: ModelConfig, backend: Backend, parameters: Parameters) -> None:
         super().__init__(config, backend, parameters)
         self.layers = [Gemma3Layer(config, backend, parameters, layer) for layer in range(config.num_layers)]
-        self.embedding_scale = np.float32(config.embedding_scale)
+        self.embedding_scale = config.embedding_scale
 
     def forward(self, batch: Batch, cache: KVCache, workspace: Workspace) -> F32Array:
         """See tinyllm.models.model.Model."""
         ops, eps = self.backend, self.config.norm_eps
         a = self.begin(batch, workspace)
-        np.multiply(a.residual, self.embedding_scale, out=a.residual)
+        ops.scale(a.residual, self.embedding_scale)
         ops.rms_norm(a.residual, self.layers[0].attention_norm, eps, out=a.normed)
         next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
         for layer, next_norm in zip(self.layers, next_norms, strict=True):

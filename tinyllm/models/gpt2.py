@@ -93,19 +93,22 @@ class GPT2(Decoder):
         self.final_norm_bias = parameters.vector(("final_norm_bias", (M,)))
         self.layers = [GPT2Layer(config, backend, parameters, layer) for layer in range(config.num_layers)]
 
+    def stage(self, batch: Batch, workspace: Workspace) -> Batch:
+        assert (batch.positions < self.config.max_position).all(), "a position past the learned ones"
+        return super().stage(batch, workspace)
+
     def forward(self, batch: Batch, cache: KVCache, workspace: Workspace) -> F32Array:
         """See tinyllm.models.model.Model."""
         ops, eps = self.backend, self.config.norm_eps
-        assert (batch.positions < self.config.max_position).all(), "a position past the learned ones"
         a = self.begin(batch, workspace)
         residual = a.residual
-        residual += ops.embedding(batch.positions, self.position_embedding, out=a.branch)
+        ops.add(residual, ops.embedding(batch.positions, self.position_embedding, out=a.branch))
         for layer in self.layers:
             ops.layer_norm(residual, layer.attention_norm, layer.attention_norm_bias, eps, out=a.normed)
             layer.attention(a, None, batch, cache)
-            residual += a.branch
+            ops.add(residual, a.branch)
             ops.layer_norm(residual, layer.mlp_norm, layer.mlp_norm_bias, eps, out=a.normed)
             ops.linear(a.normed, layer.up, layer.up_bias, out=a.mlp)
             ops.gelu(a.mlp, out=a.mlp)
-            residual += ops.linear(a.mlp, layer.down, layer.down_bias, out=a.branch)
+            ops.add(residual, ops.linear(a.mlp, layer.down, layer.down_bias, out=a.branch))
         return ops.layer_norm(residual, self.final_norm, self.final_norm_bias, eps, out=a.normed)

@@ -5,10 +5,9 @@ Letters as in tinyllm.backends.base. Nothing here allocates arrays in a step: al
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 
-from tinyllm.backends.base import Backend, Batch, F32Array, KVCache, Weight
+from tinyllm.backends.base import NO_WINDOW, Backend, Batch, F32Array, I32Array, KVCache, Weight
 from tinyllm.config import ModelConfig
 from tinyllm.models.parameters import Parameters
 from tinyllm.models.rope import RotaryTable
@@ -64,8 +63,7 @@ class Attention:
         if rotation is not None:
             if self._has_sinks(batch):
                 sink_q = a.sink_q
-                sink_q[...] = a.q
-                ops.rope(sink_q, a.k[:, :0], rotation.sink_cos, rotation.sink_sin)
+                ops.rotate(a.q, rotation.sink_cos, rotation.sink_sin, out=sink_q)
             ops.rope(a.q, a.k, rotation.cos, rotation.sin)
         ops.write_kv(a.k, a.v, layer_cache, batch.slot_mapping)
         ops.paged_attention(
@@ -77,15 +75,13 @@ class Attention:
             softcap=self.softcap,
             sink_q=sink_q,
             out=a.heads,
+            lse=a.lse,
         )
         ops.linear(a.attention, self.o, self.o_bias, out=a.branch)
 
     def _has_sinks(self, batch: Batch) -> bool:
         """Whether some sequence has sinks in this layer: not where the layer's own window is no wider."""
-        if batch.windows is None or batch.num_sinks is None:
-            return False
-        window = math.inf if self.window is None else self.window
-        return bool(((batch.windows < window) & (batch.num_sinks > 0)).any())
+        return batch.extent.sink_window < (NO_WINDOW if self.window is None else self.window)
 
 
 class GatedMLP:
@@ -131,20 +127,34 @@ class Decoder(ABC):
         self.rotary = None if config.rope is None else RotaryTable(config.rope)
         self.local_rotary = None if config.local_rope is None else RotaryTable(config.local_rope)
 
-    def begin(self, batch: Batch, workspace: Workspace) -> Activations:
-        """The step's activations, with the embeddings in the residual and the rotations looked up."""
-        a = workspace.activations(len(batch.token_ids))
-        self.backend.embedding(batch.token_ids, self.embedding, out=a.residual)
+    def stage(self, batch: Batch, workspace: Workspace) -> Batch:
+        """See tinyllm.models.model.Model."""
+        padded = self.backend.padded(batch)
+        a = workspace.activations(len(padded.token_ids))
         for table, rotation in ((self.rotary, a.rotation), (self.local_rotary, a.local_rotation)):
             if table is not None and rotation is not None:
-                table.lookup(batch.positions, out=(rotation.cos, rotation.sin))
-                if batch.sink_positions is not None:
-                    table.lookup(batch.sink_positions, out=(rotation.sink_cos, rotation.sink_sin))
+                self._look_up(table, padded.positions, rotation.cos, rotation.sin)
+                if padded.sink_positions is not None:
+                    self._look_up(table, padded.sink_positions, rotation.sink_cos, rotation.sink_sin)
+        return self.backend.stage(padded)
+
+    def _look_up(self, table: RotaryTable, positions: I32Array, cos: F32Array, sin: F32Array) -> None:
+        """Angles are the host's business: in float64, without end."""
+        if self.backend.on_host:
+            table.lookup(positions, out=(cos, sin))
+            return
+        for target, source in zip((cos, sin), table.lookup(positions), strict=True):
+            self.backend.upload(target, source)
+
+    def begin(self, batch: Batch, workspace: Workspace) -> Activations:
+        """The step's activations, with the embeddings in the residual."""
+        a = workspace.activations(len(batch.token_ids))
+        self.backend.embedding(batch.token_ids, self.embedding, out=a.residual)
         return a
 
     @abstractmethod
     def forward(self, batch: Batch, cache: KVCache, workspace: Workspace) -> F32Array:
-        """(T, M) after the final norm, a view into the workspace; see tinyllm.models.model.Model."""
+        """(T, M) after the final norm, in the workspace's `normed`; see tinyllm.models.model.Model."""
 
     def compute_logits(self, hidden: F32Array, workspace: Workspace) -> F32Array:
         """(R, M) -> (R, V), a view into the workspace."""

@@ -22,11 +22,15 @@ class Model(Protocol):
         """Bytes of the parameters as the backend holds them."""
         ...
 
-    def forward(self, batch: Batch, cache: KVCache, workspace: Workspace) -> F32Array:
-        """Runs all layers over a step's tokens, writing their keys and values into the cache.
+    def stage(self, batch: Batch, workspace: Workspace) -> Batch:
+        """Brings a host batch, and all else that a step needs of the host, to the device: what `forward` takes."""
+        ...
 
-        Returns the hidden states after the final norm, (T, M): a view into the workspace, overwritten by the next
-        step. T is at most the workspace's max_tokens.
+    def forward(self, batch: Batch, cache: KVCache, workspace: Workspace) -> F32Array:
+        """Runs all layers over a staged step's tokens, writing their keys and values into the cache.
+
+        Returns the hidden states after the final norm, (T, M): the workspace's `normed`, overwritten by the next
+        step. T is at most the workspace's max_tokens. The host is not waited for, nor does it wait.
         """
         ...
 

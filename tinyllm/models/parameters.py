@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-import numpy as np
-
 from tinyllm.backends.base import Backend, F32Array, Weight
 from tinyllm.errors import ModelFileError
 from weights import Checkpoint, Tensor
@@ -168,8 +166,7 @@ class ParameterLoader:
         return weight
 
     def vector(self, *parts: Part) -> F32Array:
-        vectors = [self._backend.load_vector(self._tensor(canonical)) for canonical, _ in parts]
-        vector = vectors[0] if len(vectors) == 1 else np.concatenate(vectors)
+        vector = self._backend.load_vector([self._tensor(canonical) for canonical, _ in parts])
         self._done(parts, vector.nbytes)
         return vector
 

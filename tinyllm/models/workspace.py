@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
-from tinyllm.backends.base import F32Array
+from tinyllm.backends.base import Backend, F32Array
 from tinyllm.config import ModelConfig
 
 __all__ = ["Activations", "Rotation", "Workspace", "workspace_shapes"]
@@ -37,6 +35,7 @@ def workspace_shapes(config: ModelConfig, max_tokens: int, max_logits_rows: int)
         "branch": (T, M),
         "qkv": (T, (H + 2 * KH) * D),
         "attention": (T, H * D),
+        "lse": (T, H),
         "mlp": (T, I),
         "logits": (max_logits_rows, config.vocab_size),
     }
@@ -59,6 +58,7 @@ class Activations:
         normed, branch: (T, M) a normed residual, and the output of attention or MLP.
         qkv: (T, (H + 2 KH) D); q: (T, H, D); k, v: (T, KH, D)
         sink_q: (T, H, D) the query as the sinks see it; without heads where nothing is rotated.
+        lse: (T, H) the logarithms of attention's sums, which nothing reads.
         heads: (T, H, D) attention's output by head; attention: (T, H D), the same memory.
         gate_up: (T, 2I), empty for gpt2; mlp: (T, I)
         rotation, local_rotation: where the model has them.
@@ -72,6 +72,7 @@ class Activations:
     k: F32Array
     v: F32Array
     sink_q: F32Array
+    lse: F32Array
     heads: F32Array
     attention: F32Array
     gate_up: F32Array
@@ -88,9 +89,9 @@ class Workspace:
     buffers: Mapping[str, F32Array]
 
     @classmethod
-    def allocate(cls, config: ModelConfig, max_tokens: int, max_logits_rows: int) -> Workspace:
+    def allocate(cls, config: ModelConfig, max_tokens: int, max_logits_rows: int, backend: Backend) -> Workspace:
         shapes = workspace_shapes(config, max_tokens, max_logits_rows)
-        return cls(config, {name: np.empty(shape, np.float32) for name, shape in shapes.items()})
+        return cls(config, {name: backend.allocate(shape) for name, shape in shapes.items()})
 
     @staticmethod
     def size_of(config: ModelConfig, max_tokens: int, max_logits_rows: int) -> int:
@@ -114,6 +115,10 @@ class Workspace:
         assert rows <= self.max_logits_rows, f"{rows} rows of logits in a workspace for {self.max_logits_rows}"
         return self.buffers["logits"][:rows]
 
+    def hidden(self, tokens: int) -> F32Array:
+        """(T, M) what the last step's forward pass left."""
+        return self.buffers["normed"][:tokens]
+
     def activations(self, tokens: int) -> Activations:
         """Views for a step of `tokens` tokens."""
         assert tokens <= self.max_tokens, f"{tokens} tokens in a workspace for {self.max_tokens}"
@@ -134,6 +139,7 @@ class Workspace:
             k=split[:, H : H + KH],
             v=split[:, H + KH :],
             sink_q=b["sink_q"].reshape(tokens, H, D) if "sink_q" in b else split[:, :0],
+            lse=b["lse"],
             heads=b["attention"].reshape(tokens, H, D),
             attention=b["attention"],
             gate_up=b.get("gate_up", b["mlp"][:, :0]),

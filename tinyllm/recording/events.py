@@ -10,7 +10,7 @@ Header, the first line:
     model        the model's name, as the user gave it
     fingerprint  names model, device, version and cache dtype by what they compute (LLMEngine.fingerprint)
     vocab_size   token ids are below this
-    engine       the fields of EngineConfig; num_blocks is the number that was reserved, device the one that was used
+    engine       the fields of EngineConfig; num_blocks, device and kv_dtype are what was used
     kv           the fields of KVCacheSpec
 
 Request, when one enters the queue:

@@ -62,7 +62,12 @@ class Recorder:
             model=str(model),
             fingerprint=engine.fingerprint,
             vocab_size=engine.model_config.vocab_size,
-            engine={**asdict(engine.config), "num_blocks": spec.num_blocks, "device": backend.name},
+            engine={
+                **asdict(engine.config),
+                "num_blocks": spec.num_blocks,
+                "device": backend.name,
+                "kv_dtype": spec.dtype,
+            },
             kv=asdict(spec),
         )
         try:
