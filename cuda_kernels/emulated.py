@@ -59,7 +59,7 @@ class EmulatedRuntime:
     """
 
     name = "emulated"
-    xp = np
+    xp: Any = np
     num_multiprocessors = 4
     max_shared_nbytes = 99 * 1024  # the least of the architectures that the kernels are made for
 

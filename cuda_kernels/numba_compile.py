@@ -28,9 +28,7 @@ _ELEMENTS = {
 
 def argument_types(signature: tuple[str, ...]) -> tuple[Any, ...]:
     """Numba's types of a Kernel's signature: pointers are bare addresses, one parameter each."""
-    return tuple(
-        types.CPointer(_ELEMENTS[kind[:-1]]) if kind.endswith("*") else _ELEMENTS[kind] for kind in signature
-    )
+    return tuple(types.CPointer(_ELEMENTS[kind[:-1]]) if kind.endswith("*") else _ELEMENTS[kind] for kind in signature)
 
 
 @contextmanager

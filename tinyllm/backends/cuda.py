@@ -20,8 +20,9 @@ from cuda_kernels.errors import KernelArgumentError
 from cuda_kernels.launch import Array, Graph, Runtime
 from cuda_kernels.linear import linear, linear_scratch_nbytes
 from cuda_kernels.paged_attention import paged_attention, paged_attention_scratch_nbytes
-from cuda_kernels.paged_cache import PagedLayer, allocate_layer, layer_nbytes
+from cuda_kernels.paged_cache import PagedLayer, allocate_layers, layer_nbytes
 from tinyllm.backends.base import NO_WINDOW, Batch, F32Array, I32Array, KVCacheSpec
+from tinyllm.backends.cuda_blas import Cublas, DenseWeight, dense_nbytes
 from tinyllm.backends.cuda_staging import GraphKey, Staging, graph_key, pad_batch
 from tinyllm.backends.cuda_weights import CudaWeight, load_weight, weight_nbytes
 from tinyllm.errors import ConfigError
@@ -71,9 +72,13 @@ class CudaBackend:
         self.default_kv_dtype = "f16" if compute_dtype == "auto" else compute_dtype
         self._staging = Staging(runtime)
         self._scratch: Array = runtime.empty(0, np.uint8)
+        self._pairs: Array = runtime.empty((64, 2), np.int32)
         self._rows: dict[tuple[int, int], tuple[Array, Array]] = {}
         self._block_size, self._max_tokens = 0, 0
         self._use_graphs = cuda_graphs
+        if fast_matmul and runtime.name != "gpu":
+            raise ConfigError(f"fast_matmul is cuBLAS, which needs a GPU; the device is {name}")
+        self._cublas = Cublas(runtime) if fast_matmul else None
         self._graphs: dict[GraphKey, Graph] = {}
         self._seen: set[GraphKey] = set()
         self._graphs_generation = (0, 0)
@@ -82,9 +87,13 @@ class CudaBackend:
     # ---- memory
 
     def matrix_nbytes(self, parts: Sequence[tuple[str, tuple[int, int]]]) -> int:
+        if self._cublas is not None:
+            return dense_nbytes(parts, self.compute_dtype)
         return weight_nbytes(parts, self.compute_dtype)
 
-    def load_matrix(self, tensors: Sequence[Tensor]) -> CudaWeight:
+    def load_matrix(self, tensors: Sequence[Tensor]) -> CudaWeight | DenseWeight:
+        if self._cublas is not None:
+            return self._cublas.load(tensors, self.compute_dtype)
         return load_weight(self.runtime, tensors, self.compute_dtype)
 
     def load_vector(self, tensors: Sequence[Tensor]) -> F32Array:
@@ -103,17 +112,10 @@ class CudaBackend:
 
     def allocate_kv_cache(self, spec: KVCacheSpec) -> CudaKVCache:
         self._block_size = spec.block_size
-        layers = tuple(
-            self._per_layer(
-                allocate_layer,
-                self.runtime,
-                spec.num_blocks,
-                spec.block_size,
-                spec.num_kv_heads,
-                spec.head_dim,
-                spec.dtype,
-            )
-            for _ in range(spec.num_layers)
+        layers = self._per_layer(
+            allocate_layers,
+            *(self.runtime, spec.num_layers, spec.num_blocks, spec.block_size),
+            *(spec.num_kv_heads, spec.head_dim, spec.dtype),
         )
         return CudaKVCache(spec, layers)
 
@@ -187,7 +189,12 @@ class CudaBackend:
 
     # ---- ops
 
-    def embedding(self, token_ids: I32Array, weight: CudaWeight, *, out: F32Array | None = None) -> F32Array:
+    def embedding(
+        self, token_ids: I32Array, weight: CudaWeight | DenseWeight, *, out: F32Array | None = None
+    ) -> F32Array:
+        if isinstance(weight, DenseWeight):
+            assert self._cublas is not None
+            return self._cublas.embedding(token_ids, weight, self._out(out, (token_ids.shape[0], weight.shape[1])))
         assert len(weight.parts) == 1, "an embedding of one storage format"
         out = self._out(out, (token_ids.shape[0], weight.shape[1]))
         if token_ids.shape[0]:
@@ -195,11 +202,20 @@ class CudaBackend:
         return out
 
     def linear(
-        self, x: F32Array, weight: CudaWeight, bias: F32Array | None = None, *, out: F32Array | None = None
+        self,
+        x: F32Array,
+        weight: CudaWeight | DenseWeight,
+        bias: F32Array | None = None,
+        *,
+        out: F32Array | None = None,
     ) -> F32Array:
         T, columns = x.shape
         out = self._out(out, (T, weight.shape[0]))
         if T == 0:
+            return out
+        if isinstance(weight, DenseWeight):
+            assert self._cublas is not None
+            self._cublas.linear(x, weight, bias, out)
             return out
         scratch = self._scratch_of(linear_scratch_nbytes(T, columns))
         for first, matrix in weight.parts:
@@ -292,7 +308,11 @@ class CudaBackend:
 
     def copy_blocks(self, cache: CudaKVCache, pairs: I32Array) -> None:
         if len(pairs):
-            kv_cache_kernels.copy_blocks(self.runtime, cache.layers, pairs)
+            if len(self._pairs) < len(pairs):
+                self._pairs = self.runtime.empty((2 * len(pairs), 2), np.int32)
+            device_pairs = self._pairs[: len(pairs)]
+            self.runtime.upload(device_pairs, pairs)
+            kv_cache_kernels.copy_blocks(self.runtime, cache.layers, pairs, device_pairs)
 
     def paged_attention(
         self,

@@ -46,8 +46,11 @@ def pad_batch(batch: Batch, block_size: int, max_tokens: int) -> Batch:
     max_columns = max(columns, -(-_round_up_length(batch.extent.max_seq_len) // block_size))
     more = sequences - S
 
-    def longer(array: I32Array | None, fill: int) -> I32Array | None:
-        return None if array is None else np.concatenate([array, np.full(more, fill, np.int32)])
+    def longer(array: I32Array, fill: int) -> I32Array:
+        return np.concatenate([array, np.full(more, fill, np.int32)])
+
+    def maybe_longer(array: I32Array | None, fill: int) -> I32Array | None:
+        return None if array is None else longer(array, fill)
 
     tables = np.zeros((sequences, max_columns), np.int32)
     tables[:S, :columns] = batch.block_tables
@@ -59,9 +62,9 @@ def pad_batch(batch: Batch, block_size: int, max_tokens: int) -> Batch:
         cu_seqlens_q=np.arange(sequences + 1, dtype=np.int32),
         seq_lens=longer(batch.seq_lens, 0),
         block_tables=tables,
-        windows=longer(batch.windows, NO_WINDOW),
-        num_sinks=longer(batch.num_sinks, 0),
-        sink_positions=longer(batch.sink_positions, 0),
+        windows=maybe_longer(batch.windows, NO_WINDOW),
+        num_sinks=maybe_longer(batch.num_sinks, 0),
+        sink_positions=maybe_longer(batch.sink_positions, 0),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def _block_tables(sequences: Seq[Sequence], block_size: int) -> I32Array:
     return result
 
 
-def _windows(scheduled: Seq[ScheduledSequence], counts: Seq[int], positions: I32Array) -> dict[str, I32Array]:
+def _windows(scheduled: Seq[ScheduledSequence], counts: Seq[int], positions: I32Array) -> dict[str, Any]:
     """What streaming sequences see; nothing if there are none."""
     all_params = [item.sequence.request.params for item in scheduled]
     if all(params.window is None for params in all_params):

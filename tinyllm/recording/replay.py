@@ -145,7 +145,7 @@ class Replay:
             )
         pairs = {field.name: getattr(engine.config, field.name) for field in fields(engine.config)}
         pairs = {name: value for name, value in pairs.items() if name not in _MAY_DIFFER}
-        pairs["num_blocks"] = engine.block_manager.num_blocks
+        pairs["num_blocks"], pairs["kv_dtype"] = engine.block_manager.num_blocks, engine.runner.cache.spec.dtype
         for name, value in pairs.items():
             if name in header.engine and value != header.engine[name]:
                 raise RecordingError(
