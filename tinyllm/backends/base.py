@@ -146,11 +146,13 @@ class Backend(Protocol):
     Attributes:
         on_host: whether its arrays are numpy arrays that the host may read and write as they are.
         default_kv_dtype: how keys and values are stored where nothing else was asked for.
+        max_sampled_vocab: the largest vocabulary that `sample` draws from; 0 where the host samples.
     """
 
     name: str
     on_host: bool
     default_kv_dtype: str
+    max_sampled_vocab: int
 
     # ---- what the backend holds in memory; sizes are exact, and known before anything is allocated
 
@@ -287,6 +289,15 @@ class Backend(Protocol):
 
     def softcap(self, x: F32Array, cap: float) -> None:
         """x = cap * tanh(x / cap), in place, (T, N)"""
+        ...
+
+    def sample(self, logits: F32Array, draws: Sequence[tuple[int, int, float, int, float, float]]) -> list[int]:
+        """Draws tokens from rows of logits (R, V), for backends that do; waits for them.
+
+        Args:
+            draws: (row, key of the noise, temperature, top_k, top_p, min_p) each; see tinyllm.sampling for what they
+                mean, and engine.device_sampling for the negative numbers that stand for no token.
+        """
         ...
 
     def write_kv(self, k: F32Array, v: F32Array, layer: Any, slot_mapping: I32Array) -> None:

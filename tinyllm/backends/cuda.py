@@ -21,6 +21,8 @@ from cuda_kernels.launch import Array, Graph, Runtime
 from cuda_kernels.linear import linear, linear_scratch_nbytes
 from cuda_kernels.paged_attention import paged_attention, paged_attention_scratch_nbytes
 from cuda_kernels.paged_cache import PagedLayer, allocate_layers, layer_nbytes
+from cuda_kernels.sampling import MAX_VOCABULARY, sample_tokens
+from cuda_kernels.sampling_rows import ROW_WORDS, SamplingRow, pack_rows
 from tinyllm.backends.base import NO_WINDOW, Batch, F32Array, I32Array, KVCacheSpec
 from tinyllm.backends.cuda_blas import Cublas, DenseWeight, dense_nbytes
 from tinyllm.backends.cuda_staging import GraphKey, Staging, graph_key, pad_batch
@@ -56,6 +58,7 @@ class CudaBackend:
     """
 
     on_host = False
+    max_sampled_vocab = MAX_VOCABULARY
 
     def __init__(
         self,
@@ -73,6 +76,8 @@ class CudaBackend:
         self._staging = Staging(runtime)
         self._scratch: Array = runtime.empty(0, np.uint8)
         self._pairs: Array = runtime.empty((64, 2), np.int32)
+        self._draws: Array = runtime.empty((256, ROW_WORDS), np.uint32)
+        self._drawn: Array = runtime.empty(256, np.int32)
         self._rows: dict[tuple[int, int], tuple[Array, Array]] = {}
         self._block_size, self._max_tokens = 0, 0
         self._use_graphs = cuda_graphs
@@ -293,6 +298,16 @@ class CudaBackend:
     def softcap(self, x: F32Array, cap: float) -> None:
         if x.shape[0]:
             activations.softcap(self.runtime, x, cap)
+
+    def sample(self, logits: F32Array, draws: Sequence[tuple[int, int, float, int, float, float]]) -> list[int]:
+        if self._draws.shape[0] < len(draws):
+            self._draws = self.runtime.empty((2 * len(draws), ROW_WORDS), np.uint32)
+            self._drawn = self.runtime.empty(2 * len(draws), np.int32)
+        words, out = self._draws[: len(draws)], self._drawn[: len(draws)]
+        self.runtime.upload(words, pack_rows([SamplingRow(*draw) for draw in draws]))
+        sample_tokens(self.runtime, logits, words, out)
+        tokens: list[int] = self.to_host(out).tolist()
+        return tokens
 
     def write_kv(self, k: F32Array, v: F32Array, layer: PagedLayer, slot_mapping: I32Array) -> None:
         if k.shape[0]:

@@ -39,6 +39,7 @@ class HostBackend:
 
     on_host = True
     default_kv_dtype = "f32"
+    max_sampled_vocab = 0
 
     def load_vector(self, tensors: Sequence[Tensor]) -> F32Array:
         vectors = [tensor.dequantize() for tensor in tensors]
@@ -77,6 +78,9 @@ class HostBackend:
 
     def scale(self, x: F32Array, factor: float) -> None:
         np.multiply(x, np.float32(factor), out=x)
+
+    def sample(self, logits: F32Array, draws: Sequence[tuple[int, int, float, int, float, float]]) -> list[int]:
+        raise NotImplementedError("the host samples by itself; see tinyllm.sampling")
 
     def gather_rows(self, x: F32Array, rows: I32Array) -> F32Array:
         return x[rows]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence as Seq
 
 from tinyllm.backends.base import F32Array
 from tinyllm.engine.beam_search import BeamSearch, candidates, log_softmax
+from tinyllm.engine.device_sampling import Draw, can_sample_on_device, check_token, draws_of
 from tinyllm.engine.scheduler import Scheduler
 from tinyllm.engine.sequence import Request, Sequence, SequenceStatus, Task
 from tinyllm.engine.text import TextDecoder, TextStream
 from tinyllm.errors import InvalidRequestError
-from tinyllm.sampling import TokenHistory, adjust, sample, token_logprobs
+from tinyllm.sampling import SampledToken, TokenHistory, adjust, sample, token_logprobs
 from tinyllm.sampling_params import SamplingParams
 
 __all__ = ["Decoding"]
@@ -64,35 +65,59 @@ class Decoding:
             if request.first_token_time is None:
                 request.first_token_time = time.monotonic()
 
+    def draws(self, sequence: Sequence, position: int, logits_row: int) -> list[Draw] | None:
+        """The draws that a device may make from the logits at `position`, or None where the host must see them."""
+        request = sequence.request
+        samples = request.task is Task.GENERATE and position + 1 == sequence.num_tokens
+        if not samples or request.beam_search is not None or sequence.finish_reason is not None:
+            return None
+        if not can_sample_on_device(request.params, banned_ids=self._banned_ids(sequence)):
+            return None
+        return draws_of(sequence, logits_row)
+
+    def use_draws(self, sequence: Sequence, tokens: Seq[int]) -> None:
+        """tokens: what a device drew, one for each of `draws`."""
+        request = sequence.request
+        try:
+            for sibling, token in zip(self._siblings(sequence), tokens, strict=True):
+                self._append_token(sibling, SampledToken(check_token(token), None))
+        except InvalidRequestError as error:
+            request.error = str(error)
+        if request.first_token_time is None:
+            request.first_token_time = time.monotonic()
+
     # ---- sampling
 
     def _sample(self, sequence: Sequence, logits: F32Array) -> None:
-        """Gives the sequence its next token; the first one of a request forks its other sequences off."""
-        request = sequence.request
-        siblings = [sequence]
-        if not request.forked:
-            request.forked = True
-            siblings += [self._fork(sequence) for _ in range(1, request.params.num_sequences)]
-        for sibling in siblings:
-            self._append_token(sibling, logits)
-
-    def _append_token(self, sequence: Sequence, logits: F32Array) -> None:
+        """Gives the sequence and its forks their next token."""
         params = sequence.request.params
-        sampled = sample(
-            logits,
-            params,
-            token_ids=sequence.token_ids,
-            history=sequence.history,
-            fork_path=sequence.fork_path,
-            banned_ids=self._banned_ids(sequence),
-        )
-        token = sampled.token_id
+        for sibling in self._siblings(sequence):
+            sampled = sample(
+                logits,
+                params,
+                token_ids=sibling.token_ids,
+                history=sibling.history,
+                fork_path=sibling.fork_path,
+                banned_ids=self._banned_ids(sibling),
+            )
+            if params.ranked:
+                sibling.score = (sibling.score or 0.0) + token_logprobs(logits, sampled.token_id, 0)[0].logprob
+            self._append_token(sibling, sampled)
+
+    def _siblings(self, sequence: Sequence) -> list[Sequence]:
+        """The sequence, and at the first token of a request its other sequences, which fork off here."""
+        request = sequence.request
+        if request.forked:
+            return [sequence]
+        request.forked = True
+        return [sequence, *(self._fork(sequence) for _ in range(1, request.params.num_sequences))]
+
+    def _append_token(self, sequence: Sequence, sampled: SampledToken) -> None:
+        params, token = sequence.request.params, sampled.token_id
         sequence.token_ids.append(token)
         sequence.history.append(token)
         if sampled.logprobs is not None:
             sequence.logprobs.append(sampled.logprobs)
-        if params.ranked:
-            sequence.score = (sequence.score or 0.0) + token_logprobs(logits, token, 0)[0].logprob
         is_eos = token in self.eos_token_ids and not params.ignore_eos
         if is_eos or token in params.stop_token_ids:
             sequence.finish_reason = "stop"

@@ -227,10 +227,17 @@ class LLMEngine:
                 )
                 request.num_rows = max(request.num_rows, start + item.num_tokens)
             sequence.num_computed_tokens += item.num_tokens
-        for (sequence, position), logits in zip(wanted, self.runner.logits(hidden, rows), strict=True):
+        draws = [self._decoding.draws(*item, row) for row, item in enumerate(wanted)]
+        outcomes = self.runner.outcomes(hidden, rows, draws, keep_logits=self.observer is not None)
+        for (sequence, position), (logits, tokens) in zip(wanted, outcomes, strict=True):
             if self.observer is not None:
+                assert logits is not None
                 self.observer.logits_used(sequence, position, logits)
-            self._decoding.use_logits(sequence, position, logits)
+            if tokens is not None:
+                self._decoding.use_draws(sequence, tokens)
+            else:
+                assert logits is not None
+                self._decoding.use_logits(sequence, position, logits)
 
     def _finish_step(self, stepped: Seq[Request]) -> StepResult:
         """Streams new text, and ends what is complete or has failed."""

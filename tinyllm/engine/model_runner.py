@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
 from tinyllm.backends.base import Batch, F32Array, I32Array, KVCache, KVCacheSpec
+from tinyllm.engine.device_sampling import Draw
 from tinyllm.engine.kv_cache import scratch_sizes
 from tinyllm.models.model import Model
 from tinyllm.models.workspace import Workspace
@@ -54,6 +56,34 @@ class ModelRunner:
         for first in range(0, len(rows), self.max_logits_rows):
             chunk = np.array(rows[first : first + self.max_logits_rows], np.int32)
             yield from backend.to_host(self.model.compute_logits(backend.gather_rows(hidden, chunk), self.workspace))
+
+    def outcomes(
+        self, hidden: F32Array, rows: Sequence[int], draws: Sequence[list[Draw] | None], *, keep_logits: bool
+    ) -> Iterator[tuple[F32Array | None, list[int] | None]]:
+        """What becomes of each of the wanted rows of hidden (T, M): its logits (V,) on the host, or tokens.
+
+        Args:
+            draws: for each row the draws from it, if a device may make them, with that row's number.
+            keep_logits: bring the logits of all rows to the host.
+
+        Yields:
+            (logits, valid until the next is asked for, or None; tokens where a device drew them). One of the two is
+            there.
+        """
+        backend = self.model.backend
+        if self.model.config.vocab_size > backend.max_sampled_vocab:
+            for logits in self.logits(hidden, rows):
+                yield logits, None
+            return
+        for first in range(0, len(rows), self.max_logits_rows):
+            chunk = np.array(rows[first : first + self.max_logits_rows], np.int32)
+            on_device = self.model.compute_logits(backend.gather_rows(hidden, chunk), self.workspace)
+            wanted = draws[first : first + len(chunk)]
+            flat = [draw._replace(logits_row=draw.logits_row - first) for row in wanted for draw in row or ()]
+            tokens = iter(backend.sample(on_device, flat) if flat else ())
+            host = backend.to_host(on_device) if keep_logits or None in wanted else [None] * len(chunk)
+            for logits, row in zip(host, wanted, strict=True):
+                yield logits, None if row is None else list(islice(tokens, len(row)))
 
     # ---- the cache's contents
 
