@@ -19,7 +19,7 @@ __all__ = ["Array", "Graph", "Runtime", "as_scalar", "check_arguments", "require
 
 Array = Any  # a CuPy array, or a numpy array in an emulated device's memory
 
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
     "i32": np.dtype(np.int32),
     "u32": np.dtype(np.uint32),

@@ -19,8 +19,10 @@ __all__ = [
     "FULL_MASK",
     "Pointer",
     "Value",
+    "and_or",
     "as_float",
     "as_uint",
+    "byte_permute",
     "cp_async16",
     "cp_async4",
     "cp_async_commit",
@@ -30,10 +32,14 @@ __all__ = [
     "fmax",
     "fmin",
     "fma",
+    "fma_bf16x2",
+    "fma_f16x2",
+    "fma_f16x2",
     "ldmatrix_x4",
     "ldmatrix_x4_trans",
     "load2",
     "load4",
+    "load4_streamed",
     "log2",
     "mma_bf16",
     "mma_f16",
@@ -116,6 +122,16 @@ as_float = _assembly("as_float", "mov.b32 $0, $1;", "f", "r")
 """The float32 of these bits."""
 
 
+fma_f16x2 = _assembly("fma_f16x2", "fma.rn.f16x2 $0, $1, $2, $3;", "r", "rrr")
+"""a * b + c of each of two float16 in a pair, with one rounding; subnormals are kept."""
+
+and_or = _assembly("and_or", "lop3.b32 $0, $1, $2, $3, 0xEA;", "r", "rrr")
+"""a & b | c in one instruction."""
+
+byte_permute = _assembly("byte_permute", "prmt.b32 $0, $1, $2, $3;", "r", "rrr")
+"""(a, b, selector): byte i of the result is byte number (selector >> 4 i) & 7 of the eight of a, then b."""
+
+
 def _llvm_call(function: str, count: int) -> Callable[..., Any]:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         declared = ir.FunctionType(_F32, [_F32] * count)
@@ -162,6 +178,12 @@ unpack_f16 = _assembly(
 unpack_bf16 = _assembly("unpack_bf16", "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "ff", "r")
 """A pair of bfloat16 -> (low, high) float32"""
 
+fma_f16x2 = _assembly("fma_f16x2", "fma.rn.f16x2 $0, $1, $2, $3;", "r", "rrr")
+"""a * b + c with one rounding, on pairs of float16"""
+
+fma_bf16x2 = _assembly("fma_bf16x2", "fma.rn.bf16x2 $0, $1, $2, $3;", "r", "rrr")
+"""a * b + c with one rounding, on pairs of bfloat16"""
+
 
 # ---- memory
 
@@ -196,6 +218,26 @@ load2 = _load(2)
 
 load4 = _load(4)
 """load4(x, i) -> (x[i], ..., x[i + 3]) as one load; i must be a multiple of 4."""
+
+
+@intrinsic
+def load4_streamed(typingctx: Any, array: Any, index: Any) -> Any:
+    """load4 from global memory that no thread writes during the launch, past the first-level cache: for data read once.
+
+    It is issued where it stands: several in a row are in flight together.
+    """
+    kind = {types.uint32: "r", types.float32: "f"}[array.dtype]
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _element_pointer(context, builder, signature.args[0], args[0], args[1])
+        four = ir.LiteralStructType([_LLVM[kind]] * 4)
+        text = f"ld.global.nc.L1::no_allocate.v4.{'u' if kind == 'r' else 'f'}32 {{$0,$1,$2,$3}}, [$4];"
+        constraints = f"={kind},={kind},={kind},={kind},l"
+        assembly = ir.InlineAsm(ir.FunctionType(four, [_I64]), text, constraints, side_effect=True)
+        value = builder.call(assembly, [builder.ptrtoint(pointer, _I64)])
+        return context.make_tuple(builder, signature.return_type, [builder.extract_value(value, k) for k in range(4)])
+
+    return types.UniTuple(array.dtype, 4)(array, types.intp), codegen
 
 
 def _vector_store(builder: Any, context: Any, signature: Any, args: Any, count: int) -> Any:

@@ -54,9 +54,9 @@ class MemoryCheckpoint:
     def close(self) -> None: ...
 
 
-def tiny_checkpoint() -> MemoryCheckpoint:
+def tiny_checkpoint(head_dim: int = 8) -> MemoryCheckpoint:
     rng = np.random.default_rng(0)
-    M, D, H, KH, V, mlp = 32, 8, 4, 2, 61, 48
+    M, D, H, KH, V, mlp = 32, head_dim, 4, 2, 61, 48
 
     def random(*shape: int) -> np.ndarray:
         return (rng.standard_normal(shape) * (2.0 / shape[-1]) ** 0.5).astype(np.float32)
@@ -77,7 +77,7 @@ def tiny_checkpoint() -> MemoryCheckpoint:
             arrays[f"{prefix}{name}.weight"] = random(*shape)
         for name in ("input_layernorm", "post_attention_layernorm"):
             arrays[f"{prefix}{name}.weight"] = 1 + 0.1 * rng.standard_normal(M).astype(np.float32)
-    return MemoryCheckpoint(CONFIG, arrays)
+    return MemoryCheckpoint(CONFIG | {"head_dim": head_dim}, arrays)
 
 
 @lru_cache

@@ -1,4 +1,7 @@
-"""The emulated GPU that the kernel tests run on: compiled PTX under all checks. Kernels are compiled once and kept."""
+"""The GPU that the kernel tests run on: an emulated one, which runs the compiled PTX under all checks.
+
+With `--cuda-device gpu` the same tests run on a real one. Kernels are compiled once and kept.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import pytest
 
 from cuda_kernels.compile import Compiler
 from cuda_kernels.emulated import EmulatedRuntime
+from cuda_kernels.launch import Runtime
 from tinyllm.cache import cache_root
 
 
@@ -16,8 +20,12 @@ def compiler() -> Compiler:
 
 
 @pytest.fixture(scope="session")
-def runtime(compiler: Compiler) -> EmulatedRuntime:
-    """Raises on races in shared and global memory, bounds, uninitialised reads, divergent barriers, and more."""
+def runtime(compiler: Compiler, request: pytest.FixtureRequest) -> Runtime:
+    """The emulated one raises on races in shared and global memory, bounds, uninitialised reads, and more."""
+    if request.config.getoption("--cuda-device") == "gpu":
+        from cuda_kernels.gpu import GpuRuntime
+
+        return GpuRuntime(compiler)
     return EmulatedRuntime(compiler)
 
 

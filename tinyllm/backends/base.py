@@ -31,6 +31,7 @@ __all__ = [
     "I32Array",
     "KVCache",
     "KVCacheSpec",
+    "StepRunner",
     "Weight",
 ]
 
@@ -140,6 +141,14 @@ class KVCache(Protocol):
     def nbytes(self) -> int: ...
 
 
+class StepRunner(Protocol):
+    """Runs the steps of one engine."""
+
+    def run(self, batch: Batch, step: Callable[[], None]) -> None:
+        """Runs `step`, which launches ops over a staged batch, or what it launched for an earlier one of this kind."""
+        ...
+
+
 class Backend(Protocol):
     """One device's implementation of the ops. Weights, caches and buffers are those that the same backend made.
 
@@ -220,8 +229,8 @@ class Backend(Protocol):
         """Takes the scratch memory that `workspace_nbytes` tells of, where steps must not take any themselves."""
         ...
 
-    def run_step(self, batch: Batch, step: Callable[[], None]) -> None:
-        """Runs `step`, which launches ops over a staged batch, or what it launched for an earlier one of this kind."""
+    def step_runner(self) -> StepRunner:
+        """One for each model, cache and workspace that steps run over."""
         ...
 
     # ---- ops

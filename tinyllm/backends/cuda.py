@@ -17,22 +17,22 @@ from cuda_kernels import activations, elementwise, gather, kv_cache_kernels, nor
 from cuda_kernels.attention_inputs import AttentionInputs
 from cuda_kernels.embedding import embedding
 from cuda_kernels.errors import KernelArgumentError
-from cuda_kernels.launch import Array, Graph, Runtime
+from cuda_kernels.launch import Array, Runtime
 from cuda_kernels.linear import linear, linear_scratch_nbytes
 from cuda_kernels.paged_attention import paged_attention, paged_attention_scratch_nbytes
 from cuda_kernels.paged_cache import PagedLayer, allocate_layers, layer_nbytes
 from cuda_kernels.sampling import MAX_VOCABULARY, sample_tokens
 from cuda_kernels.sampling_rows import ROW_WORDS, SamplingRow, pack_rows
-from tinyllm.backends.base import NO_WINDOW, Batch, F32Array, I32Array, KVCacheSpec
+from tinyllm.backends.base import NO_WINDOW, Batch, F32Array, I32Array, KVCacheSpec, StepRunner
 from tinyllm.backends.cuda_blas import Cublas, DenseWeight, dense_nbytes
-from tinyllm.backends.cuda_staging import GraphKey, Staging, graph_key, pad_batch
+from tinyllm.backends.cuda_graphs import GraphSteps
+from tinyllm.backends.cuda_staging import Staging, pad_batch
 from tinyllm.backends.cuda_weights import CudaWeight, load_weight, weight_nbytes
+from tinyllm.backends.host import EagerSteps
 from tinyllm.errors import ConfigError
 from weights import Tensor
 
 __all__ = ["CudaBackend"]
-
-MAX_GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,6 @@ class CudaBackend:
         if fast_matmul and runtime.name != "gpu":
             raise ConfigError(f"fast_matmul is cuBLAS, which needs a GPU; the device is {name}")
         self._cublas = Cublas(runtime) if fast_matmul else None
-        self._graphs: dict[GraphKey, Graph] = {}
-        self._seen: set[GraphKey] = set()
-        self._graphs_generation = (0, 0)
         self._scratch_generation = 0
 
     # ---- memory
@@ -171,26 +168,12 @@ class CudaBackend:
     def stage(self, batch: Batch) -> Batch:
         return self._staging.stage(batch)
 
-    def run_step(self, batch: Batch, step: Callable[[], None]) -> None:
-        """Eagerly the first time, when kernels may have to be loaded; as a graph from the second time on."""
-        key = graph_key(batch) if self._use_graphs else None
-        if key is None:
-            step()
-            return
-        generation = (self._staging.generation, self._scratch_generation)
-        if generation != self._graphs_generation:  # what graphs point at has moved
-            self._graphs.clear()
-            self._graphs_generation = generation
-        if key in self._graphs:
-            self._graphs[key].launch()
-        elif key in self._seen:
-            if len(self._graphs) >= MAX_GRAPHS:
-                self._graphs.pop(next(iter(self._graphs)))
-            self._graphs[key] = self.runtime.capture(step)
-            self._graphs[key].launch()
-        else:
-            step()
-            self._seen.add(key)
+    def step_runner(self) -> StepRunner:
+        return GraphSteps(self.runtime, self._generation) if self._use_graphs else EagerSteps()
+
+    def _generation(self) -> tuple[int, int]:
+        """Changes where memory has moved that recorded launches point at."""
+        return self._staging.generation, self._scratch_generation
 
     # ---- ops
 

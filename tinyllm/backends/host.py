@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tinyllm.backends.base import Batch, F32Array, I32Array
 from weights import Tensor
 
-__all__ = ["HostBackend", "available_memory"]
+__all__ = ["EagerSteps", "HostBackend", "available_memory"]
 
 
 def available_memory() -> int:
@@ -32,6 +32,13 @@ def available_memory() -> int:
         return min(available, limit - int((group / "memory.current").read_text()))
     except (OSError, ValueError):
         return available
+
+
+class EagerSteps:
+    """A StepRunner that runs every step op by op."""
+
+    def run(self, batch: Batch, step: Callable[[], None]) -> None:
+        step()
 
 
 class HostBackend:
@@ -70,8 +77,8 @@ class HostBackend:
         self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
     ) -> None: ...  # scratch memory grows on demand
 
-    def run_step(self, batch: Batch, step: Callable[[], None]) -> None:
-        step()
+    def step_runner(self) -> EagerSteps:
+        return EagerSteps()
 
     def add(self, x: F32Array, y: F32Array) -> None:
         x += y

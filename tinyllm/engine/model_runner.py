@@ -29,6 +29,7 @@ class ModelRunner:
         self.cache = model.backend.allocate_kv_cache(spec)
         self.workspace = Workspace.allocate(model.config, max_batch_tokens, max_logits_rows, model.backend)
         self.max_logits_rows = max_logits_rows
+        self._steps = model.backend.step_runner()
         model.backend.reserve(*scratch_sizes(model.config, max_batch_tokens, spec.num_blocks * spec.block_size))
 
     def forward(self, batch: Batch, copies: Sequence[tuple[int, int]]) -> F32Array:
@@ -43,7 +44,7 @@ class ModelRunner:
         def step() -> None:
             self.model.forward(staged, cache, self.workspace)
 
-        self.model.backend.run_step(staged, step)
+        self._steps.run(staged, step)
         return self.workspace.hidden(len(batch.token_ids))
 
     def host_rows(self, hidden: F32Array, first: int, end: int) -> F32Array:
