@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba.cuda import types
 
-from cuda_kernels.attention_inputs import SPLIT_KEYS
 from cuda_kernels.primitives import (
     Pointer,
     Value,
@@ -167,10 +166,6 @@ class TileShape:
     @property
     def shared_nbytes(self) -> int:
         return (self.state_at + 12 * self.threads) * 4
-
-    @property
-    def tiles_per_split(self) -> int:
-        return SPLIT_KEYS // self.keys
 
 
 class TileFunctions(NamedTuple):

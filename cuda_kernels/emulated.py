@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +76,16 @@ class EmulatedRuntime:
         self._recording: _RecordedLaunches | None = None
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
-        return self.memory.empty(shape, dtype)
+        """Freed, and its memory unmapped, when the array and all views of it are gone."""
+        array = self.memory.empty(shape, dtype)
+        if array.nbytes == 0:
+            return array
+        address = array.__array_interface__["data"][0]
+        root = np.frombuffer((ctypes.c_uint8 * array.nbytes).from_address(address), np.uint8)
+        weakref.finalize(
+            root, self.memory.free, array
+        ).atexit = False  # views refer to the root, which the arena does not
+        return root.view(array.dtype).reshape(array.shape)
 
     def from_host(self, array: NDArray[Any]) -> Array:
         result = self.empty(array.shape, array.dtype)

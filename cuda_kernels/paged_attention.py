@@ -4,22 +4,52 @@ from __future__ import annotations
 
 from cuda_kernels.attention_inputs import NO_WINDOW, SPLIT_KEYS, AttentionInputs
 from cuda_kernels.attention_partials import partial_layout
-from cuda_kernels.launch import Runtime
+from cuda_kernels.launch import Runtime, require
 from cuda_kernels.paged_attention_f32 import paged_attention_f32
 from cuda_kernels.paged_attention_mma import paged_attention_mma
 
-__all__ = ["NO_WINDOW", "SPLIT_KEYS", "AttentionInputs", "paged_attention", "paged_attention_scratch_nbytes"]
+__all__ = [
+    "HEAD_DIM_MULTIPLES",
+    "NO_WINDOW",
+    "SPLIT_KEYS",
+    "AttentionInputs",
+    "check_head_dim",
+    "paged_attention",
+    "paged_attention_scratch_nbytes",
+]
+
+HEAD_DIM_MULTIPLES = {"f32": 4, "f16": 8, "bf16": 8, "int8": 16, "fp8": 16}  # by cache dtype
+MAX_HEAD_DIM = 256
 
 
 def paged_attention(rt: Runtime, inputs: AttentionInputs) -> None:
     """Queues attention of a step's queries over the cache: writes inputs.out and inputs.lse.
 
-    Raises KernelArgumentError where a shape is not served, or scratch is too small.
+    Where scratch memory does not hold the partials of the decode form, all sequences take the prefill form: with so
+    many of them it has blocks enough, and the bits are the same.
+
+    Raises KernelArgumentError where a shape is not served.
     """
+    T, H, D = inputs.q.shape
+    needed = paged_attention_scratch_nbytes(
+        *(T, H, D, inputs.max_seq_len),
+        num_seqs=inputs.num_seqs,
+        num_kv_heads=inputs.layer.num_kv_heads,
+        window=inputs.window,
+        streams=inputs.streams,
+    )
+    query_limit = None if needed <= inputs.scratch.nbytes else 0
     if inputs.layer.dtype == "f32":
-        paged_attention_f32(rt, inputs)
+        paged_attention_f32(rt, inputs, query_limit=query_limit)
     else:
-        paged_attention_mma(rt, inputs)
+        paged_attention_mma(rt, inputs, query_limit=query_limit)
+
+
+def check_head_dim(dtype: str, head_dim: int) -> None:
+    """Raises KernelArgumentError where attention over a cache of that dtype has no kernel for heads of that size."""
+    multiple = HEAD_DIM_MULTIPLES[dtype]
+    fits = head_dim % multiple == 0 and 0 < head_dim <= MAX_HEAD_DIM
+    require(fits, f"heads of size {head_dim} in {dtype}: a multiple of {multiple} up to {MAX_HEAD_DIM}")
 
 
 def paged_attention_scratch_nbytes(

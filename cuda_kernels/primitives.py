@@ -34,7 +34,6 @@ __all__ = [
     "fma",
     "fma_bf16x2",
     "fma_f16x2",
-    "fma_f16x2",
     "ldmatrix_x4",
     "ldmatrix_x4_trans",
     "load2",
@@ -120,10 +119,6 @@ as_uint = _assembly("as_uint", "mov.b32 $0, $1;", "r", "f")
 
 as_float = _assembly("as_float", "mov.b32 $0, $1;", "f", "r")
 """The float32 of these bits."""
-
-
-fma_f16x2 = _assembly("fma_f16x2", "fma.rn.f16x2 $0, $1, $2, $3;", "r", "rrr")
-"""a * b + c of each of two float16 in a pair, with one rounding; subnormals are kept."""
 
 and_or = _assembly("and_or", "lop3.b32 $0, $1, $2, $3, 0xEA;", "r", "rrr")
 """a & b | c in one instruction."""

@@ -2,6 +2,7 @@
 
 SASS, the machine code of NVIDIA GPUs, is documented only as a list of opcodes (CUDA Binary Utilities, "Instruction Set
 Reference"). Control flow is read from branches (BRA), convergence barriers (BSSY names where BSYNC goes on) and exits.
+BRA.DIV is taken only by a warp whose lanes went apart before a shuffle: what it leads to counts as no part of a loop.
 """
 
 from __future__ import annotations
@@ -199,13 +200,18 @@ def _natural_loops(code: Sequence[Instruction]) -> list[frozenset[int]]:
     instruction, the trap after the end, is none.
     """
     successors = _successors(code)
+    reached, todo = {0}, [0]
+    while todo:
+        fresh = set(successors[todo.pop()]) - reached
+        reached |= fresh
+        todo += fresh
     predecessors: list[list[int]] = [[] for _ in code]
-    for i, following in enumerate(successors):
-        for j in following:
+    for i in sorted(reached):
+        for j in successors[i]:
             predecessors[j].append(i)
     bodies: dict[int, set[int]] = {}
-    for i, following in enumerate(successors):
-        for head in following:
+    for i in sorted(reached):
+        for head in successors[i]:
             if head < i and code[i].base != "BSYNC":
                 body = bodies.setdefault(head, {head})
                 todo = [i]
@@ -235,7 +241,7 @@ def _successors(code: Sequence[Instruction]) -> list[list[int]]:
         instruction = code[i]
         jumps = instruction.base in ("BRA", "BRX", "JMP", "EXIT", "RET", "BSYNC")
         conditional = instruction.predicated or _has_condition(instruction)
-        if instruction.base in ("BRA", "JMP"):
+        if instruction.base in ("BRA", "JMP") and ".DIV" not in instruction.opcode:
             yield from _targets(instruction, at)
         if (
             instruction.base == "BSYNC"

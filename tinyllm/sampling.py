@@ -27,6 +27,7 @@ __all__ = [
     "TokenLogprob",
     "adjust",
     "gumbel_noise",
+    "noise_key",
     "sample",
     "token_logprobs",
 ]
@@ -214,14 +215,19 @@ def log_sum_exp(logits: F32Array) -> np.float64:
     return np.float64(top) + np.log(np.exp(logits - top).sum(dtype=np.float64))
 
 
+def noise_key(seed: int, fork_path: tuple[int, ...], position: int) -> int:
+    """What the noise of a draw is a function of, besides the token id: 64 bits."""
+    message = struct.pack(f"<QQ{len(fork_path)}Q", seed & 0xFFFFFFFFFFFFFFFF, position, *fork_path)
+    return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")
+
+
 def gumbel_noise(seed: int, fork_path: tuple[int, ...], position: int, token_ids: IdArray) -> F64Array:
     """Standard Gumbel noise for token ids (N,), from a counter-based generator.
 
     The key is a 64-bit BLAKE2b hash of (seed, fork path, position); the counter is the token id; the mixing function is
     SplitMix64's finaliser (Steele, Lea and Flood 2014).
     """
-    message = struct.pack(f"<QQ{len(fork_path)}Q", seed & 0xFFFFFFFFFFFFFFFF, position, *fork_path)
-    key = np.uint64(int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little"))
+    key = np.uint64(noise_key(seed, fork_path, position))
     x = key + (token_ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

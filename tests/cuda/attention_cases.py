@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cuda_kernels.attention_inputs import NO_WINDOW, SPLIT_KEYS, AttentionInputs
+from cuda_kernels.attention_inputs import NO_WINDOW, AttentionInputs
 from cuda_kernels.launch import Runtime
 from cuda_kernels.paged_attention import paged_attention, paged_attention_scratch_nbytes
 from cuda_kernels.paged_cache import CACHE_DTYPES, SCALED_DTYPES, PagedLayer
@@ -336,8 +336,3 @@ def exact_attention(
             )
         )
     return Answer(*(np.array(column) for column in zip(*rows, strict=True)))
-
-
-def num_splits(span: Span) -> int:
-    """Partial results of the span's last query, at the most."""
-    return -(-span.end // SPLIT_KEYS)

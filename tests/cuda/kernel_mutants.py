@@ -36,8 +36,9 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 import cuda_kernels
+from cuda_kernels.kernel import Kernel
 
-__all__ = ["KINDS", "PACKAGE", "Mutant", "installed", "mutant_named", "mutants", "source_of"]
+__all__ = ["KINDS", "PACKAGE", "Mutant", "contains", "installed", "mutant_named", "mutants", "source_of"]
 
 PACKAGE = cuda_kernels.__name__
 KINDS = ("barrier", "wait", "commit", "bound", "mask", "index")
@@ -120,6 +121,52 @@ def _mutated(mutant: Mutant) -> ast.Module:
     return ast.fix_missing_locations(tree)
 
 
+# ---- which kernels have it
+
+
+def contains(kernel: Kernel, mutant: Mutant) -> bool:
+    """Whether the kernel's code may have come from the function at the top of the module that the mutant changes."""
+    return (mutant.module, mutant.function.split(".")[0]) in _parts(kernel.build.__module__, kernel.build.__name__)
+
+
+@cache
+def _parts(module: str, builder: str) -> frozenset[tuple[str, str]]:
+    """(module of the package, name at its top) of all that a builder names, in turn, but for other kernels' builders."""
+    todo, seen = [(module, builder)], set[tuple[str, str]]()
+    while todo:
+        where, name = todo.pop()
+        definitions, imports = _top_level(where)
+        for used in _names(definitions[name]) if name in definitions else ():
+            found = imports.get(used, (where, used))
+            if found not in seen and not found[1].startswith("_build"):
+                seen.add(found)
+                todo.append(found)
+    prefix = f"{PACKAGE}."
+    parts = {(where.removeprefix(prefix), name) for where, name in {*seen, (module, builder)} if where.startswith(prefix)}
+    return frozenset(parts)
+
+
+@cache
+def _top_level(module: str) -> tuple[dict[str, ast.stmt], dict[str, tuple[str, str]]]:
+    """A module's definitions by name, and where in the package its imported names come from."""
+    file = sys.modules[module].__file__
+    assert file is not None
+    definitions: dict[str, ast.stmt] = {}
+    imports: dict[str, tuple[str, str]] = {}
+    for node in ast.parse(Path(file).read_text("utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            definitions[node.name] = node
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            definitions |= dict.fromkeys(_stored(node), node)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
+            imports |= {alias.asname or alias.name: (str(node.module), alias.name) for alias in node.names}
+    return definitions, imports
+
+
+def _stored(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
 # ---- importing
 
 
@@ -182,7 +229,9 @@ def _sites(tree: ast.Module) -> Iterator[_Site]:
 def _device_functions(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef, ast.FunctionDef | None, str]]:
     """(function, the function around it, its name with that of those around it)."""
 
-    def walk(nodes: list[ast.stmt], around: list[ast.FunctionDef]) -> Iterator[tuple[ast.FunctionDef, list[ast.FunctionDef]]]:
+    def walk(
+        nodes: list[ast.stmt], around: list[ast.FunctionDef]
+    ) -> Iterator[tuple[ast.FunctionDef, list[ast.FunctionDef]]]:
         for node in nodes:
             if isinstance(node, ast.FunctionDef):
                 yield node, around
@@ -230,15 +279,21 @@ class _Finding:
                     pairs.append((node.target, node.value if isinstance(node, ast.AugAssign) else node.iter))
                 for to, value in pairs:
                     if self._depends(value, known):
-                        known |= {n.id for n in ast.walk(to) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+                        known |= {
+                            n.id for n in ast.walk(to) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+                        }
                     elif isinstance(node, ast.Assign) and self._in_runtime_loop(node):
-                        known |= {n.id for n in ast.walk(to) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+                        known |= {
+                            n.id for n in ast.walk(to) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+                        }
             if len(known) == before:
                 return known
 
     def _in_runtime_loop(self, node: ast.AST) -> bool:
         """Whether it is assigned inside a while loop: `step += 1` is no constant there."""
-        return any(isinstance(loop, ast.While) and any(n is node for n in ast.walk(loop)) for loop in ast.walk(self.function))
+        return any(
+            isinstance(loop, ast.While) and any(n is node for n in ast.walk(loop)) for loop in ast.walk(self.function)
+        )
 
     @staticmethod
     def _depends(value: ast.expr, known: set[str]) -> bool:

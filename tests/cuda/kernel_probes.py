@@ -37,19 +37,24 @@ Probe = Callable[[EmulatedRuntime, np.random.Generator], None]
 
 
 def _paged(
-    rt: EmulatedRuntime, rng: np.random.Generator, dtype: str, heads: tuple[int, int], head_dim: int, block_size: int = 16
+    rt: EmulatedRuntime,
+    rng: np.random.Generator,
+    dtype: str,
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int = 16,
 ) -> PagedSequences:
     return PagedSequences.create(rt, Sequences.random(rng, dtype, [300, 70, 1], *heads, head_dim), rng, block_size)
 
 
-# the last spans of a sequence that reaches past one split, one within a tile, one key, padding
-PLAIN = [Span(0, 236, 300), Span(None, 0, 2), Span(1, 0, 70), Span(2, 0, 1), Span(0, 255, 257)]
-WINDOWED = [Span(0, 240, 300), Span(1, 0, 70), Span(0, 299, 300)]
+# past one split, padding, all of a tile and some, one key, across the end of a split
+PLAIN = [Span(0, 280, 300), Span(None, 0, 2), Span(1, 50, 70), Span(2, 0, 1), Span(0, 255, 257)]
+WINDOWED = [Span(0, 290, 300), Span(1, 0, 20), Span(0, 299, 300)]
 STREAMING = [
-    Span(0, 270, 300, window=20, sinks=4),
-    Span(1, 20, 70, window=30, sinks=17),
-    Span(0, 296, 300, window=20, sinks=70),
-    Span(0, 250, 262, window=1, sinks=1),
+    Span(0, 286, 300, window=20, sinks=4),
+    Span(1, 40, 56, window=30, sinks=17),
+    Span(0, 298, 300, window=20, sinks=70),
+    Span(0, 255, 259, window=1, sinks=1),
     Span(1, 66, 70),
     Span(None, 0, 2),
 ]
@@ -62,7 +67,7 @@ def _mma_both(rt: EmulatedRuntime, paged: PagedSequences, spans: list[Span], opt
 
 def mma_padded_head(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
     """A head whose last k_step is half padding."""
-    paged = _paged(rt, rng, "f16", (3, 1), 24)
+    paged = _paged(rt, rng, "f16", (5, 1), 24)
     _mma_both(rt, paged, PLAIN, Options(scale=0.4))
     _mma_both(rt, paged, WINDOWED, Options(scale=0.4, window=65))
 
@@ -76,7 +81,7 @@ def mma_streaming(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
 def mma_bytes(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
     """Three k_steps of an 8-bit cache: pairs and one left over; two KV heads."""
     paged = _paged(rt, rng, "int8", (4, 2), 48)
-    _mma_both(rt, paged, PLAIN[1:], Options(scale=0.2, window=130))
+    _mma_both(rt, paged, PLAIN[1:], Options(scale=0.2))
 
 
 def mma_wide_head(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
@@ -101,7 +106,7 @@ def f32_streaming(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
     cache = f32.create(rt, rng, [300, 70, 1], (2, 1), 8)
     for options in (Options(softcap=2.0), Options(softcap=2.0, window=30)):
         results = []
-        for query_limit in (0, 50):
+        for query_limit in (0, 16):
             attention = partial(paged_attention_f32, query_limit=query_limit)
             f32.check(cache, STREAMING[:-1], options, attention)
             results.append(cache.run(STREAMING, options, attention))
@@ -276,9 +281,8 @@ def draws(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
 
 def draws_among_ties(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
     sampling.test_both_zeros_are_one_logit(rt)
-    sampling.test_cuts_among_ties_keep_the_lowest_ids(rt, 64)
+    sampling.test_cuts_among_ties_keep_the_lowest_ids(rt, 4)
     sampling.test_filters_keep_exactly_their_set(rt, {"top_k": 3, "temperature": 5.0}, {1, 3, 2})
-    sampling.test_filters_keep_exactly_their_set(rt, {"top_p": 0.5}, {1, 3})
     sampling.test_filters_keep_exactly_their_set(rt, {"min_p": 1.0}, {1, 3})
     sampling.test_a_draw_depends_on_its_row_and_its_words_alone(rt, rng)
     sampling.test_rows_may_lie_apart_and_begin_anywhere(rt, rng)

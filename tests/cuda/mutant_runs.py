@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from cuda_kernels.compile import Compiler, _sources
+from cuda_kernels.compile import Compiler
 from cuda_kernels.emulated import EmulatedRuntime
 from cuda_kernels.emulator import Checks, EmulatorError
 from cuda_kernels.errors import KernelCompileError
 from cuda_kernels.kernel import Kernel
-from tests.cuda.kernel_mutants import Mutant, installed, source_of
+from tests.cuda.kernel_mutants import Mutant, contains, installed
 
 __all__ = ["Outcome", "outcomes"]
 
@@ -76,16 +76,15 @@ class _RecordingCompiler(Compiler):
 
 
 def _original(module: str, folder: Path) -> _Original:
-    """Runs the probes on the original; they must pass."""
+    """Runs the probes on the original, which must pass, and compiles anew, so that processes begin with a warm compiler."""
     compiler = _RecordingCompiler(folder)
     codes: dict[str, str] = {}
     launched = []
     for probe in import_module(_PROBES).PROBES[module]:
         compiler.used.clear()
         probe(EmulatedRuntime(compiler, checks=_CHECKS), np.random.default_rng(7))
-        affected = [kernel for kernel in compiler.used if source_of(module) in _sources(kernel.build.__module__)]
-        launched.append(tuple(affected))
-        codes |= {kernel.name: _code_digest(compiler.used[kernel]) for kernel in affected}
+        launched.append(tuple(compiler.used))
+        codes |= {kernel.name: _code_digest(ptx) for kernel, ptx in compiler.used.items()}
     return _Original(tuple(launched), codes)
 
 
@@ -93,13 +92,12 @@ class _MutantCompiler:
     """Compiles what a mutant may have changed in memory, and takes everything else from the folder."""
 
     def __init__(self, mutant: Mutant, folder: Path, original: _Original) -> None:
-        self._source = source_of(mutant.module)
-        self._original = original
+        self._mutant, self._original = mutant, original
         self._unaffected, self._affected = Compiler(folder), Compiler(None)
         self._kept: dict[str, str] = {}
 
     def ptx(self, kernel: Kernel) -> str:
-        if self._source not in _sources(kernel.build.__module__):
+        if not contains(kernel, self._mutant):
             return self._unaffected.ptx(kernel)
         if kernel.name not in self._kept:
             self._kept[kernel.name] = self._affected.ptx(kernel)
@@ -108,10 +106,10 @@ class _MutantCompiler:
     def changed(self, kernels: Iterable[Kernel]) -> bool:
         """Whether one of the original's kernels, built by the mutant's module, has become other code."""
         for kernel in kernels:
+            if not contains(kernel, self._mutant):
+                continue
             build = getattr(import_module(kernel.build.__module__), kernel.build.__name__)
-            mutated = Kernel(
-                kernel.name, build, kernel.constants, kernel.signature, kernel.threads, kernel.min_blocks
-            )
+            mutated = Kernel(kernel.name, build, kernel.constants, kernel.signature, kernel.threads, kernel.min_blocks)
             if _code_digest(self.ptx(mutated)) != self._original.codes[kernel.name]:
                 return True
         return False
@@ -165,6 +163,7 @@ def outcomes(mutants: Iterable[Mutant], folder: Path, jobs: int = 1) -> Iterator
     originals = {module: _original(module, folder) for module in dict.fromkeys(m.module for m in chosen)}
     tasks = [(mutant, originals[mutant.module], folder) for mutant in chosen]
     # where processes can be copied, the compiler is imported and warm in each
+    Compiler(None).ptx(next(kernel for original in originals.values() for kernels in original.launched for kernel in kernels))
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with context.Pool(jobs, maxtasksperchild=1) as pool:
         yield from pool.imap_unordered(_run, tasks)

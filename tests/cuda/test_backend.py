@@ -185,6 +185,13 @@ def test_cublas_needs_a_gpu() -> None:
         create_backend("cuda-emulated", fast_matmul=True)
 
 
+def test_a_cache_that_no_attention_kernel_serves_is_named() -> None:
+    assert backend("auto").default_kv_dtype(64) == "f16"
+    assert backend("auto").default_kv_dtype(12) == "f32"
+    with pytest.raises(ConfigError, match="heads of size 8 in int8"):
+        engine(kv_dtype="int8")
+
+
 def test_a_block_size_that_no_kernel_has_is_named() -> None:
     with pytest.raises(ConfigError, match="power of two"):
         engine(block_size=24)

@@ -163,6 +163,14 @@ def test_sliding_windows(half_case: PagedSequences, window: int) -> None:
     check(half_case, spans[2:], Options(scale=0.5, window=window))
 
 
+def test_the_first_and_last_key_around_the_borders_of_tiles(half_case: PagedSequences) -> None:
+    """A tile is masked unless all rows see all of it: off by one, and a row sees a key too many."""
+    firsts = (61, 62, 63, 64, 126, 254, 255)
+    check(half_case, [Span(0, first, first + 6) for first in firsts], Options(scale=0.5), prefill)
+    ends = (127, 128, 129, 130, 193, 257)
+    check(half_case, [Span(0, end - 6, end) for end in ends], Options(scale=0.5, window=64), prefill)
+
+
 def test_large_scores_and_large_values(runtime: EmulatedRuntime, rng: np.random.Generator) -> None:
     """One key outweighs all: an error in the maximum's bookkeeping would overflow or vanish."""
     data = Sequences.random(rng, "f16", [300], 2, 1, 16)

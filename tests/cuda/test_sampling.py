@@ -16,7 +16,7 @@ from cuda_kernels.kernel import Kernel
 from cuda_kernels.sampling import MAX_VOCABULARY, sample_kernel, sample_tokens
 from cuda_kernels.sampling_noise import log2_exponential
 from cuda_kernels.sampling_rows import FORBIDDEN, NOT_A_NUMBER, ROW_WORDS, SamplingRow, pack_rows
-from tinyllm.engine.device_sampling import noise_key
+from tinyllm.sampling import noise_key
 from tinyllm.sampling import SamplingParams, _filter, gumbel_noise
 
 INF, NAN = np.inf, np.nan

@@ -116,6 +116,28 @@ def test_a_block_after_a_barrier_belongs_to_its_loop() -> None:
     assert loop.num_instructions == 7
 
 
+def test_what_only_a_diverged_warp_runs_is_no_part_of_a_loop() -> None:
+    code = """
+.text.k:
+.L_x_0:
+        /*0000*/                   BRA.DIV UR4, `(.L_x_2) ;
+        /*0010*/                   SHFL.BFLY PT, R0, R0, 0x1, 0x1f ;
+.L_x_1:
+        /*0020*/                   FFMA R0, R0, R0, R0 ;
+        /*0030*/               @P1 BRA `(.L_x_0) ;
+        /*0040*/                   EXIT ;
+.L_x_2:
+        /*0050*/                   WARPSYNC.COLLECTIVE R4, `(.L_x_3) ;
+.L_x_3:
+        /*0060*/                   SHFL.BFLY PT, R0, R0, 0x1, 0x1f ;
+        /*0070*/                   BRA `(.L_x_1) ;
+"""
+    log = "Function properties for k\n 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nUsed 8 registers"
+    loop = statistics("k", log, code).main_loop
+    assert loop is not None
+    assert dict(loop.opcodes) == {"BRA": 2, "SHFL": 1, "FFMA": 1}
+
+
 @pytest.mark.parametrize(
     ("opcode", "name"),
     [

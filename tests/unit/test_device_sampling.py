@@ -11,9 +11,9 @@ import pytest
 from cuda_kernels.sampling_rows import FORBIDDEN, MAX_TEMPERATURE, NOT_A_NUMBER, SamplingRow
 from tests.unit.sequences import make_sequence
 from tinyllm.engine import device_sampling
-from tinyllm.engine.device_sampling import Draw, can_sample_on_device, check_token, draws_of, noise_key
+from tinyllm.engine.device_sampling import Draw, can_sample_on_device, check_token, draws_of
 from tinyllm.errors import InvalidRequestError
-from tinyllm.sampling import SamplingParams, TokenHistory, gumbel_noise, sample
+from tinyllm.sampling import SamplingParams, TokenHistory, gumbel_noise, noise_key, sample
 
 NEUTRAL: list[dict[str, Any]] = [
     {},

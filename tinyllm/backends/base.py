@@ -154,13 +154,11 @@ class Backend(Protocol):
 
     Attributes:
         on_host: whether its arrays are numpy arrays that the host may read and write as they are.
-        default_kv_dtype: how keys and values are stored where nothing else was asked for.
         max_sampled_vocab: the largest vocabulary that `sample` draws from; 0 where the host samples.
     """
 
     name: str
     on_host: bool
-    default_kv_dtype: str
     max_sampled_vocab: int
 
     # ---- what the backend holds in memory; sizes are exact, and known before anything is allocated
@@ -179,6 +177,10 @@ class Backend(Protocol):
 
     def allocate(self, shape: tuple[int, ...]) -> F32Array:
         """A buffer for activations, its contents undefined."""
+        ...
+
+    def default_kv_dtype(self, head_dim: int) -> str:
+        """How keys and values are stored where nothing else was asked for."""
         ...
 
     def available_nbytes(self) -> int:

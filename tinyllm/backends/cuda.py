@@ -19,7 +19,12 @@ from cuda_kernels.embedding import embedding
 from cuda_kernels.errors import KernelArgumentError
 from cuda_kernels.launch import Array, Runtime
 from cuda_kernels.linear import linear, linear_scratch_nbytes
-from cuda_kernels.paged_attention import paged_attention, paged_attention_scratch_nbytes
+from cuda_kernels.paged_attention import (
+    HEAD_DIM_MULTIPLES,
+    check_head_dim,
+    paged_attention,
+    paged_attention_scratch_nbytes,
+)
 from cuda_kernels.paged_cache import PagedLayer, allocate_layers, layer_nbytes
 from cuda_kernels.sampling import MAX_VOCABULARY, sample_tokens
 from cuda_kernels.sampling_rows import ROW_WORDS, SamplingRow, pack_rows
@@ -33,6 +38,9 @@ from tinyllm.errors import ConfigError
 from weights import Tensor
 
 __all__ = ["CudaBackend"]
+
+
+MAX_PARTIALS = 256 << 20  # bytes for attention's partial results; steps that need more do with none
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,6 @@ class CudaBackend:
         self.name = name
         self.runtime = runtime
         self.compute_dtype = compute_dtype
-        self.default_kv_dtype = "f16" if compute_dtype == "auto" else compute_dtype
         self._staging = Staging(runtime)
         self._scratch: Array = runtime.empty(0, np.uint8)
         self._pairs: Array = runtime.empty((64, 2), np.int32)
@@ -104,6 +111,10 @@ class CudaBackend:
     def allocate(self, shape: tuple[int, ...]) -> F32Array:
         return self.runtime.empty(shape, np.float32)
 
+    def default_kv_dtype(self, head_dim: int) -> str:
+        wanted = "f16" if self.compute_dtype == "auto" else self.compute_dtype
+        return wanted if head_dim % HEAD_DIM_MULTIPLES[wanted] == 0 else "f32"
+
     def available_nbytes(self) -> int:
         return self.runtime.free_nbytes()
 
@@ -114,6 +125,7 @@ class CudaBackend:
 
     def allocate_kv_cache(self, spec: KVCacheSpec) -> CudaKVCache:
         self._block_size = spec.block_size
+        self._per_layer(check_head_dim, spec.dtype, spec.head_dim)
         layers = self._per_layer(
             allocate_layers,
             *(self.runtime, spec.num_layers, spec.num_blocks, spec.block_size),
@@ -133,7 +145,7 @@ class CudaBackend:
     ) -> int:
         return max(
             linear_scratch_nbytes(max_tokens, max_in_features),
-            paged_attention_scratch_nbytes(max_tokens, num_heads, head_dim, max_context),
+            min(paged_attention_scratch_nbytes(max_tokens, num_heads, head_dim, max_context), MAX_PARTIALS),
         )
 
     def reserve(
@@ -331,7 +343,10 @@ class CudaBackend:
         lse = self._out(lse, (T, H))
         if T == 0:
             return out, lse
-        scratch = self._scratch_of(paged_attention_scratch_nbytes(T, H, D, extent.max_seq_len))
+        partials = paged_attention_scratch_nbytes(
+            *(T, H, D, extent.max_seq_len), num_seqs=batch.seq_lens.shape[0], num_kv_heads=layer.num_kv_heads
+        )
+        scratch = self._scratch_of(min(partials, MAX_PARTIALS))
         paged_attention(
             self.runtime,
             AttentionInputs(

@@ -45,7 +45,6 @@ class HostBackend:
     """The part of `Backend` that is alike wherever ops work on numpy arrays."""
 
     on_host = True
-    default_kv_dtype = "f32"
     max_sampled_vocab = 0
 
     def load_vector(self, tensors: Sequence[Tensor]) -> F32Array:
@@ -54,6 +53,9 @@ class HostBackend:
 
     def allocate(self, shape: tuple[int, ...]) -> F32Array:
         return np.empty(shape, np.float32)
+
+    def default_kv_dtype(self, head_dim: int) -> str:
+        return "f32"
 
     def available_nbytes(self) -> int:
         return available_memory()

@@ -7,16 +7,15 @@ request and the position alone, so that a request's tokens do not depend on what
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from tinyllm.engine.sequence import Sequence
 from tinyllm.errors import InvalidRequestError
+from tinyllm.sampling import noise_key
 from tinyllm.sampling_params import SamplingParams
 
-__all__ = ["Draw", "can_sample_on_device", "check_token", "draws_of", "noise_key"]
+__all__ = ["Draw", "can_sample_on_device", "check_token", "draws_of"]
 
 MAX_TEMPERATURE = 2.0**100  # its reciprocal must be a normal float32
 NOT_A_NUMBER, FORBIDDEN = -1, -2  # what a device gives instead of a token
@@ -65,12 +64,6 @@ def draws_of(sequence: Sequence, logits_row: int) -> list[Draw]:
 def _draw(params: SamplingParams, fork_path: tuple[int, ...], position: int, logits_row: int) -> Draw:
     key = noise_key(params.seed, fork_path, position)
     return Draw(logits_row, key, params.temperature, max(params.top_k, 0), params.top_p, params.min_p)
-
-
-def noise_key(seed: int, fork_path: tuple[int, ...], position: int) -> int:
-    """The key of sampling.gumbel_noise: a 64-bit BLAKE2b hash of (seed, position, fork path)."""
-    message = struct.pack(f"<QQ{len(fork_path)}Q", seed & 0xFFFFFFFFFFFFFFFF, position, *fork_path)
-    return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")
 
 
 def check_token(token: int) -> int:

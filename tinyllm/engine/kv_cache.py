@@ -53,7 +53,7 @@ def kv_cache_spec(
             block_size=engine.block_size,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
-            dtype=backend.default_kv_dtype if engine.kv_dtype == "auto" else engine.kv_dtype,
+            dtype=backend.default_kv_dtype(model.head_dim) if engine.kv_dtype == "auto" else engine.kv_dtype,
         )
 
     if engine.num_blocks is not None and engine.num_blocks * engine.block_size >= 1 << 31:
