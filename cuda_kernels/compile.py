@@ -28,6 +28,9 @@ __all__ = ["PTX_TARGET", "Compiler", "assemble", "compile_to_ptx", "find_tool", 
 
 PTX_TARGET = (8, 0)
 
+# Modules of which no kernel's code depends, though kernels' modules import them.
+HOST_ONLY = frozenset(f"{__package__}.{name}" for name in ("errors", "kernel", "launch", "roofline", "views"))
+
 
 def compile_to_ptx(
     function: Callable[..., Any],
@@ -147,13 +150,13 @@ def _versions() -> tuple[str, ...]:
 
 @cache
 def _sources(module: str) -> tuple[Path, ...]:
-    """The file of a module, and of each module of this package that it imports, in turn."""
+    """The file of a module, and of each module of this package with device code that it imports, in turn."""
     todo, seen = [module, f"{__package__}.numba_compile"], dict[str, Path]()
     while todo:
         name = todo.pop()
         file = getattr(sys.modules.get(name), "__file__", None)
         path = Path(file) if file else Path(__file__).parent.joinpath(*name.split(".")[1:]).with_suffix(".py")
-        if name in seen or not path.is_file():
+        if name in seen or name in HOST_ONLY or not path.is_file():
             continue
         seen[name] = path
         for node in ast.walk(ast.parse(path.read_text())):
@@ -223,5 +226,3 @@ class Compiler:
             os.replace(temporary.name, self.folder / file)
         except OSError:
             return
-
-

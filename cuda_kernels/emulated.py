@@ -81,7 +81,7 @@ class EmulatedRuntime:
         if array.nbytes == 0:
             return array
         address = array.__array_interface__["data"][0]
-        root = np.frombuffer((ctypes.c_uint8 * array.nbytes).from_address(address), np.uint8)
+        root = np.frombuffer(memoryview((ctypes.c_uint8 * array.nbytes).from_address(address)), np.uint8)
         weakref.finalize(
             root, self.memory.free, array
         ).atexit = False  # views refer to the root, which the arena does not

@@ -121,7 +121,7 @@ class GpuRuntime:
         if shared_nbytes > DEFAULT_SHARED and function.max_dynamic_shared_size_bytes < shared_nbytes:
             function.max_dynamic_shared_size_bytes = shared_nbytes
         values = tuple(
-            np.uint64(value.data.ptr) if kind.endswith("*") else as_scalar(kind, value)
+            value.data.ptr if kind[-1] == "*" else as_scalar(kind, value)  # CuPy passes an int as 64 bits
             for kind, value in zip(kernel.signature, arguments, strict=True)
         )
         function(grid, (kernel.threads, 1, 1), values, shared_mem=shared_nbytes, stream=self.stream)

@@ -37,6 +37,18 @@ class Kernel:
             assert kind in SCALAR_TYPES or kind in POINTER_TYPES, f"{self.name}: unknown argument type {kind!r}"
         assert 1 <= self.threads <= 1024 and self.threads % 32 == 0, f"{self.name}: {self.threads} threads"
 
+    def __hash__(self) -> int:
+        """Made once a process: a kernel is looked up at every launch."""
+        value: int | None = self.__dict__.get("_hash")
+        if value is None:
+            value = hash((self.name, self.constants))
+            object.__setattr__(self, "_hash", value)
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hash: another process has other hashes of strings."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
     def function(self) -> Callable[..., Any]:
         """The Python function, to be compiled."""
         return self.build(**dict(self.constants))

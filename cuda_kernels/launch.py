@@ -29,7 +29,13 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "i64": np.dtype(np.int64),
     "u64": np.dtype(np.uint64),
 }
-_LIMITS = {"i32": (-(1 << 31), (1 << 31) - 1), "u32": (0, (1 << 32) - 1), "i64": (-(1 << 63), (1 << 63) - 1)}
+_POINTEES = {f"{kind}*": dtype for kind, dtype in _DTYPES.items()}
+_LIMITS = {
+    "i32": (-(1 << 31), (1 << 31) - 1),
+    "u32": (0, (1 << 32) - 1),
+    "i64": (-(1 << 63), (1 << 63) - 1),
+    "u64": (0, (1 << 64) - 1),
+}
 
 MAX_GRID = (2**31 - 1, 65535, 65535)
 
@@ -107,18 +113,20 @@ def check_arguments(kernel: Kernel, grid: tuple[int, int, int], arguments: Seque
     """
     if len(arguments) != len(kernel.signature):
         raise KernelArgumentError(f"{kernel.name} takes {len(kernel.signature)} arguments, not {len(arguments)}")
-    if any(not 1 <= size <= most for size, most in zip(grid, MAX_GRID, strict=True)):
-        raise KernelArgumentError(f"{kernel.name}: no grid of {grid} blocks")
+    for size, most in zip(grid, MAX_GRID, strict=True):
+        if not 1 <= size <= most:
+            raise KernelArgumentError(f"{kernel.name}: no grid of {grid} blocks")
     for index, (kind, value) in enumerate(zip(kernel.signature, arguments, strict=True)):
-        if kind.endswith("*"):
-            if getattr(value, "dtype", None) != _DTYPES[kind[:-1]]:
+        pointee = _POINTEES.get(kind)
+        if pointee is not None:
+            if getattr(value, "dtype", None) != pointee:
                 found = getattr(value, "dtype", type(value).__name__)
                 raise KernelArgumentError(f"{kernel.name}: argument {index} must be {kind}, not {found}")
         elif kind == "f32":
             if not isinstance(value, (float, np.floating)):
                 raise KernelArgumentError(f"{kernel.name}: argument {index} must be a float, not {value!r}")
         else:
-            low, high = _LIMITS.get(kind, (0, (1 << 64) - 1))
+            low, high = _LIMITS[kind]
             if not isinstance(value, (int, np.integer)) or not low <= value <= high:
                 raise KernelArgumentError(f"{kernel.name}: argument {index} must be {kind}, not {value!r}")
 

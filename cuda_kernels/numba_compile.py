@@ -9,8 +9,8 @@ from typing import Any
 
 from numba.core.compiler_lock import global_compiler_lock
 from numba.cuda import compiler, dispatcher, types
-from numba.cuda.cudadrv import nvvm
 from numba.cuda.compiler import compile_cuda, kernel_fixup
+from numba.cuda.cudadrv import nvvm
 
 __all__ = ["argument_types", "ptx", "without_driver"]
 

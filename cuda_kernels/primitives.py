@@ -23,17 +23,17 @@ __all__ = [
     "as_float",
     "as_uint",
     "byte_permute",
-    "cp_async16",
     "cp_async4",
+    "cp_async16",
     "cp_async_commit",
     "cp_async_wait",
     "device_function",
     "exp2",
-    "fmax",
-    "fmin",
     "fma",
     "fma_bf16x2",
     "fma_f16x2",
+    "fmax",
+    "fmin",
     "ldmatrix_x4",
     "ldmatrix_x4_trans",
     "load2",
@@ -351,7 +351,10 @@ pair in row l // 4, columns 2 (l % 4) and the next."""
 ldmatrix_x4_trans = _ldmatrix(".trans")
 """The same, each matrix transposed on the way."""
 
-_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, {{$10,$11,$12,$13}};"
+_MMA = (
+    "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
+    "{{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, {{$10,$11,$12,$13}};"
+)
 
 mma_f16 = _assembly("mma_f16", _MMA.format("f16"), "ffff", "rrrrrrffff", volatile=True)
 """A (16, 16) times B (16, 8) plus C (16, 8), of the whole warp: (a0..a3, b0, b1, c0..c3) -> (d0..d3).

@@ -16,8 +16,15 @@ from types import ModuleType
 
 from cuda_kernels.kernel import Kernel
 from cuda_kernels.roofline import TileWork
+from cuda_kernels.tile_work import attention_work, linear_work
 
 __all__ = ["all_kernels", "families", "shared_nbytes_of", "work_of"]
+
+_TILE_WORK: dict[str, Callable[[Kernel], TileWork | None]] = {
+    "linear": linear_work,
+    "paged_attention_f32": attention_work,
+    "paged_attention_mma": attention_work,
+}
 
 
 def _modules() -> dict[str, ModuleType]:
@@ -51,6 +58,6 @@ def shared_nbytes_of(family: str, kernel: Kernel) -> int:
 
 
 def work_of(family: str, kernel: Kernel) -> TileWork | None:
-    """A block's operations and bytes, where the family says."""
-    hook = getattr(_modules()[family], "work_of", None)
+    """Operations and bytes of a block's tile, where the family or tile_work says."""
+    hook = getattr(_modules()[family], "work_of", None) or _TILE_WORK.get(family)
     return hook(kernel) if hook is not None else None

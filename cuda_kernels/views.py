@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,12 +34,15 @@ def address_of(array: Array) -> int:
 
 def check_array(array: Array, name: str, dtype: DTypeLike, shape: tuple[int | None, ...]) -> None:
     """Holds dtype and shape (None: any length) against what they must be. Raises KernelArgumentError."""
-    require(array.dtype == np.dtype(dtype), f"{name} is {array.dtype}, not {np.dtype(dtype)}")
-    fits = len(array.shape) == len(shape) and all(
-        want in (None, found) for found, want in zip(array.shape, shape, strict=True)
+    found = array.shape
+    fits = len(found) == len(shape) and all(
+        want is None or want == have for have, want in zip(found, shape, strict=True)
     )
+    if array.dtype == dtype and fits:  # messages are made where they are needed: this runs at every launch
+        return
+    require(array.dtype == dtype, f"{name} is {array.dtype}, not {np.dtype(dtype)}")
     expected = ", ".join("any" if want is None else str(want) for want in shape)
-    require(fits, f"{name} has shape {tuple(array.shape)}, not ({expected})")
+    require(fits, f"{name} has shape {tuple(found)}, not ({expected})")
 
 
 def strides_of(array: Array, name: str) -> tuple[int, ...]:
@@ -47,6 +51,13 @@ def strides_of(array: Array, name: str) -> tuple[int, ...]:
     The stride of an axis of length 1, which means nothing, counts as that of a contiguous array.
     """
     itemsize = array.dtype.itemsize
+    if array.flags.c_contiguous and 0 not in array.shape:
+        inner, shape = 1, array.shape
+        result = [1] * len(shape)
+        for axis in range(len(shape) - 1, 0, -1):
+            inner *= shape[axis]
+            result[axis - 1] = inner
+        return tuple(result)
     require(all(stride >= 0 and stride % itemsize == 0 for stride in array.strides), f"{name} has odd strides")
     strides = [stride // itemsize for stride in array.strides]
     inner = 1
@@ -64,7 +75,7 @@ def rows_of(array: Array, name: str) -> Rows:
     require(len(shape) >= 2, f"{name} must have rows: its shape is {tuple(shape)}")
     for axis in range(len(shape) - 2):
         require(strides[axis] == strides[axis + 1] * shape[axis + 1], f"the rows of {name} must be evenly spaced")
-    return Rows(int(np.prod(shape[:-1])), int(shape[-1]), strides[-2])
+    return Rows(math.prod(shape[:-1]), shape[-1], strides[-2])
 
 
 def aligned16(*arrays: Array) -> bool:

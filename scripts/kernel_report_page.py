@@ -29,7 +29,8 @@ STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; font-size: 12px; } th, td { padding: 2px 8px; text-align: right; }
 th { position: sticky; top: 0; background: #fff; border-bottom: 1px solid #888; } td:first-child { text-align: left; }
-tr:nth-child(even) { background: #f5f5f5; } .bad { color: #b2182b; font-weight: bold; } svg { max-width: 100%; height: auto; }
+tr:nth-child(even) { background: #f5f5f5; } .bad { color: #b2182b; font-weight: bold; }
+svg { max-width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 """
 
@@ -172,18 +173,8 @@ def _draw_roofline(facts: Sequence[Fact], architecture: str) -> Any:
 def _table(facts: Sequence[Fact], architectures: Sequence[str]) -> str:
     """A row for each kernel: what differs by architecture, then the main architecture's instructions."""
     main = MAIN if MAIN in architectures else architectures[0]
-    head = [
-        "kernel",
-        "threads",
-        "KB shared",
-        *architectures,
-        "main loop",
-        "HMMA",
-        "FFMA",
-        "LDSM",
-        "LDGSTS.128",
-        "LDG.128",
-    ]
+    opcodes = ["HMMA", "FFMA", "LDSM", "LDGSTS.128", "LDG.128"]
+    head = ["kernel", "threads", "KB shared", *architectures, "main loop", *opcodes]
     lines = [f"<tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr>"]
     for name, rows in _by(facts, "kernel").items():
         at = {fact["architecture"]: fact for fact in rows}
@@ -191,7 +182,7 @@ def _table(facts: Sequence[Fact], architectures: Sequence[str]) -> str:
         cells = [html.escape(name), str(at[main]["threads"]), f"{at[main]['shared_nbytes'] / 1024:.1f}"]
         cells += [_cell(at[architecture]) for architecture in architectures]
         cells.append(str(sum(loop.values())) if loop else "")
-        cells += [str(loop.get(opcode, "")) for opcode in head[-5:]]
+        cells += [str(loop.get(opcode, "")) for opcode in opcodes]
         lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     note = "<p>By architecture: registers / occupancy. Anything that must not be stands in red.</p>"
     return f"{note}<div class=scroll><table>{''.join(lines)}</table></div>"

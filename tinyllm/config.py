@@ -183,7 +183,8 @@ class EngineConfig:
         compute_dtype: what linear layers multiply in on the GPU: "f32", "f16" or "bf16"; "auto" follows the weights'
             storage: exact float32 for F32 weights, tensor cores in f16 or bf16 for all others. Sums are float32.
         cuda_graphs: replay decode steps as CUDA graphs instead of launching kernel by kernel.
-        fast_matmul: cuBLAS for the GPU's linear layers. It gives up the same bits: they depend on the batch then.
+        fast_matmul: cuBLAS for the GPU's linear layers, without graphs. It gives up the same bits: they depend on the
+            batch then.
         prefix_caching: keep the keys and values of finished requests for others that begin with the same tokens.
         debug_checks: verify the block manager's invariants after every step.
     """

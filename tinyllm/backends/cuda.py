@@ -87,7 +87,7 @@ class CudaBackend:
         self._drawn: Array = runtime.empty(256, np.int32)
         self._rows: dict[tuple[int, int], tuple[Array, Array]] = {}
         self._block_size, self._max_tokens = 0, 0
-        self._use_graphs = cuda_graphs
+        self._use_graphs = cuda_graphs and not fast_matmul  # CuPy refuses cuBLAS while a graph is recorded
         if fast_matmul and runtime.name != "gpu":
             raise ConfigError(f"fast_matmul is cuBLAS, which needs a GPU; the device is {name}")
         self._cublas = Cublas(runtime) if fast_matmul else None
