@@ -106,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         records.append(record(mutant, outcome, family_of[mutant.module]))
         status = records[-1]["status"]
         if status in ("survived", "no code") or options.names:
-            print(f"{status:9} {outcome.seconds:5.1f} s  {mutant.name} (line {mutant.line}) {outcome.detail}", flush=True)
+            print(
+                f"{status:9} {outcome.seconds:5.1f} s  {mutant.name} (line {mutant.line}) {outcome.detail}", flush=True
+            )
         if options.json is not None:
             save(options.json, records)
     print(f"\n{table(records)}\n{len(records)} mutants in {time.monotonic() - start:.0f} s")

@@ -142,7 +142,9 @@ def _parts(module: str, builder: str) -> frozenset[tuple[str, str]]:
                 seen.add(found)
                 todo.append(found)
     prefix = f"{PACKAGE}."
-    parts = {(where.removeprefix(prefix), name) for where, name in {*seen, (module, builder)} if where.startswith(prefix)}
+    parts = {
+        (where.removeprefix(prefix), name) for where, name in {*seen, (module, builder)} if where.startswith(prefix)
+    }
     return frozenset(parts)
 
 
@@ -278,11 +280,7 @@ class _Finding:
                 elif isinstance(node, (ast.AugAssign, ast.For)):
                     pairs.append((node.target, node.value if isinstance(node, ast.AugAssign) else node.iter))
                 for to, value in pairs:
-                    if self._depends(value, known):
-                        known |= {
-                            n.id for n in ast.walk(to) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-                        }
-                    elif isinstance(node, ast.Assign) and self._in_runtime_loop(node):
+                    if self._depends(value, known) or (isinstance(node, ast.Assign) and self._in_runtime_loop(node)):
                         known |= {
                             n.id for n in ast.walk(to) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
                         }

@@ -163,7 +163,9 @@ def outcomes(mutants: Iterable[Mutant], folder: Path, jobs: int = 1) -> Iterator
     originals = {module: _original(module, folder) for module in dict.fromkeys(m.module for m in chosen)}
     tasks = [(mutant, originals[mutant.module], folder) for mutant in chosen]
     # where processes can be copied, the compiler is imported and warm in each
-    Compiler(None).ptx(next(kernel for original in originals.values() for kernels in original.launched for kernel in kernels))
+    Compiler(None).ptx(
+        next(kernel for original in originals.values() for kernels in original.launched for kernel in kernels)
+    )
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with context.Pool(jobs, maxtasksperchild=1) as pool:
         yield from pool.imap_unordered(_run, tasks)

@@ -16,8 +16,7 @@ from cuda_kernels.kernel import Kernel
 from cuda_kernels.sampling import MAX_VOCABULARY, sample_kernel, sample_tokens
 from cuda_kernels.sampling_noise import log2_exponential
 from cuda_kernels.sampling_rows import FORBIDDEN, NOT_A_NUMBER, ROW_WORDS, SamplingRow, pack_rows
-from tinyllm.sampling import noise_key
-from tinyllm.sampling import SamplingParams, _filter, gumbel_noise
+from tinyllm.sampling import SamplingParams, _filter, gumbel_noise, noise_key
 
 INF, NAN = np.inf, np.nan
 LOG2_E = np.log2(np.e)

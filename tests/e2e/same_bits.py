@@ -170,7 +170,9 @@ def parked_snapshot(setting: Setting, ids: list[int], *, chunk: int, block_size:
 @lru_cache(maxsize=64)
 def donated(setting: Setting, split: int) -> Snapshot:
     """The probe's first `split` tokens, computed in another engine."""
-    return parked_snapshot(setting, setting.prompt[:split], chunk=13, block_size={"cpu": 48, "cuda-emulated": 32}.get(setting.device, 5))
+    return parked_snapshot(
+        setting, setting.prompt[:split], chunk=13, block_size={"cpu": 48, "cuda-emulated": 32}.get(setting.device, 5)
+    )
 
 
 @dataclass(eq=False)
