@@ -48,6 +48,7 @@ from cuda_kernels.launch import Runtime
 from cuda_kernels.roofline import Ceilings
 
 CACHE = Path.home() / ".cache" / "tinyllm" / "cuda"
+WORKER = Path(__file__).resolve()  # the program of the second process: this one, with --worker
 ITEM_SECONDS = 60.0  # an item that takes longer hangs
 EMULATED_ITEM_SECONDS = 600.0
 
@@ -77,9 +78,12 @@ def main() -> None:
         sys.exit(_worker(options))
     if options.build is not None:
         sys.exit(_build(options))
+    chosen = _chosen(options)
+    if chosen in ([], [CEILINGS]):
+        _mistake(f"nothing is called {options.only!r} (see --list)")
     console = Console(width=None if sys.stdout.isatty() else 150)
     run, begin = Run(options), time.monotonic()
-    _run_all(run, _chosen(options), console)
+    _run_all(run, chosen, console)
     if not run.device:
         _mistake(run.trouble)
     facts = {**run.device, "seconds": round(time.monotonic() - begin, 1), **_facts(run)}
@@ -188,7 +192,7 @@ def _run_worker(
 ) -> tuple[int | str, str | None, str]:
     """(exit status or what happened, the item that was running, the last of what it wrote to standard error)"""
     options = run.options
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(path), "--time-limit", str(left)]
+    command = [sys.executable, str(WORKER), "--worker", str(path), "--time-limit", str(left)]
     command += ["--cache", str(options.cache)]
     command += [f"--{flag}" for flag in ("quick", "emulated") if getattr(options, flag)]
     command += ["--prebuilt", str(options.prebuilt)] if options.prebuilt is not None else []

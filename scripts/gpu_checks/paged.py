@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -279,18 +280,24 @@ class Load:
         cache += 8 * self.S * self.L * self.KH if self.dtype in ("int8", "fp8") else 0
         return TileWork(4.0 * self.H * self.D * pairs, queries + cache, tensor=self.dtype != "f32")
 
-    def rivals(self) -> dict[str, Callable[[], Sequence[Callable[[], Any]]]]:
-        """Of the 16-bit types; PyTorch's keys are contiguous, not paged."""
+    def rivals(self, rotations: int) -> dict[str, Callable[[], Sequence[Callable[[], Any]]]]:
+        """Of the 16-bit types. PyTorch's keys are contiguous, not paged, and it has no causal mask at an offset."""
         if self.dtype not in ("f16", "bf16"):
             return {}
-        return {"torch SDPA": self._sdpa, "flash-attn": self._flash_attn, "FlashInfer": self._flashinfer}
+        made: dict[str, Callable[[], Callable[[], Any]]] = {
+            "flash-attn": self._flash_attn,
+            "FlashInfer": self._flashinfer,
+        }
+        if self.n in (1, self.L):
+            made = {"torch SDPA": self._sdpa, **made}
+        return {name: partial(_repeated, make, rotations) for name, make in made.items()}
 
     def _kind(self) -> Any:
         import torch
 
         return torch.float16 if self.dtype == "f16" else torch.bfloat16
 
-    def _sdpa(self) -> Sequence[Callable[[], Any]]:
+    def _sdpa(self) -> Callable[[], Any]:
         import torch
 
         def tensor(heads: int, length: int) -> Any:
@@ -299,11 +306,9 @@ class Load:
         q, k, v = tensor(self.H, self.n), tensor(self.KH, self.L), tensor(self.KH, self.L)
         attention = torch.nn.functional.scaled_dot_product_attention
         causal = self.n == self.L
-        if self.n not in (1, self.L):
-            raise ValueError("queries at an offset need a mask")
-        return [lambda: attention(q, k, v, is_causal=causal, enable_gqa=True)]
+        return lambda: attention(q, k, v, is_causal=causal, enable_gqa=True)
 
-    def _flash_attn(self) -> Sequence[Callable[[], Any]]:
+    def _flash_attn(self) -> Callable[[], Any]:
         import torch
         from flash_attn import flash_attn_with_kvcache
 
@@ -313,9 +318,9 @@ class Load:
         q = torch.randn(self.S, self.n, self.H, self.D, device="cuda", dtype=self._kind())
         table = torch.randperm(blocks, device="cuda", dtype=torch.int32).view(self.S, -1)
         lens = torch.full((self.S,), self.L, device="cuda", dtype=torch.int32)
-        return [lambda: flash_attn_with_kvcache(q, k, v, cache_seqlens=lens, block_table=table, causal=True)]
+        return lambda: flash_attn_with_kvcache(q, k, v, cache_seqlens=lens, block_table=table, causal=True)
 
-    def _flashinfer(self) -> Sequence[Callable[[], Any]]:
+    def _flashinfer(self) -> Callable[[], Any]:
         import flashinfer
         import torch
 
@@ -334,13 +339,18 @@ class Load:
         if self.n == 1:
             decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
             decode.plan(indptr, indices, last, self.H, self.KH, self.D, size, data_type=self._kind())
-            return [lambda: decode.run(q, cache)]
+            return lambda: decode.run(q, cache)
         prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
         starts = integers(np.arange(self.S + 1) * self.n)
         prefill.plan(
             starts, indptr, indices, last, self.H, self.KH, self.D, size, causal=True, q_data_type=self._kind()
         )
-        return [lambda: prefill.run(q, cache)]
+        return lambda: prefill.run(q, cache)
+
+
+def _repeated(make: Callable[[], Callable[[], Any]], count: int) -> list[Callable[[], Any]]:
+    """So many launches, each on inputs of its own."""
+    return [make() for _ in range(count)]
 
 
 def _time(load: Load) -> Callable[[Context], Prepared]:
@@ -353,18 +363,23 @@ def _time(load: Load) -> Callable[[Context], Prepared]:
         T, pages = load.S * load.n, -(-load.L // size)
         shape = (load.S * pages, load.KH, size, load.D)
         row = _random_rows(context, load.dtype, (4096, load.D))
-        k, v = (context.put(np.resize(row[0], shape).astype(CACHE_DTYPES[load.dtype], copy=False)) for _ in range(2))
-        scales = [context.put(np.resize(row[1], shape[:3])) if row[1] is not None else None for _ in range(2)]
-        table = context.rng.permutation(shape[0]).astype(np.int32).reshape(load.S, pages)
+        values = np.resize(row[0], shape).astype(CACHE_DTYPES[load.dtype], copy=False)
+        factors = np.resize(row[1], shape[:3]) if row[1] is not None else None
+        rotations = context.rotations(2 * values.nbytes)
         scratch_nbytes = paged_attention_scratch_nbytes(
             T, load.H, load.D, load.L, num_seqs=load.S, num_kv_heads=load.KH, streams=False
         )
-        inputs = AttentionInputs(
+
+        def layer() -> PagedLayer:
+            k_scale, v_scale = (None if factors is None else context.put(factors) for _ in range(2))
+            return PagedLayer(load.dtype, context.put(values), context.put(values), k_scale, v_scale)
+
+        first = AttentionInputs(
             q=context.put(context.normal(T, load.H, load.D)),
-            layer=PagedLayer(load.dtype, k, v, *scales),
+            layer=layer(),
             cu_seqlens_q=context.put(np.arange(load.S + 1, dtype=np.int32) * np.int32(load.n)),
             seq_lens=context.put(np.full(load.S, load.L, np.int32)),
-            block_tables=context.put(table),
+            block_tables=context.put(context.rng.permutation(shape[0]).astype(np.int32).reshape(load.S, pages)),
             scale=load.D**-0.5,
             out=rt.empty((T, load.H, load.D), np.float32),
             lse=rt.empty((T, load.H), np.float32),
@@ -372,7 +387,8 @@ def _time(load: Load) -> Callable[[Context], Prepared]:
             max_seq_len=load.L,
             scratch=rt.empty(scratch_nbytes, np.uint8),
         )
-        return Prepared([lambda: paged_attention(rt, inputs)], load.work, load.rivals())
+        inputs = [first, *(replace(first, layer=layer()) for _ in range(rotations - 1))]
+        return Prepared([partial(paged_attention, rt, one) for one in inputs], load.work, load.rivals(rotations))
 
     return prepare
 

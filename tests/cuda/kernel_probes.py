@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from cuda_kernels import elementwise as elementwise_kernels, kv_cache_kernels, paged_cache, rope as rope_kernels
 from cuda_kernels.emulated import EmulatedRuntime
 from cuda_kernels.paged_attention_f32 import paged_attention_f32
 from tests.cuda import (
@@ -56,38 +57,44 @@ STREAMING = [
     Span(0, 298, 300, window=20, sinks=70),
     Span(0, 255, 259, window=1, sinks=1),
     Span(1, 66, 70),
+    Span(2, 0, 1, window=90, sinks=3),
     Span(None, 0, 2),
 ]
 
 
-def _mma_both(rt: EmulatedRuntime, paged: PagedSequences, spans: list[Span], options: Options) -> None:
+def _mma_all_forms(paged: PagedSequences, spans: list[Span], options: Options) -> None:
+    """The prefill form, the decode form, and both in one call, where a sequence without queries comes first."""
     whole = mma.check(paged, spans, options, mma.prefill)
-    mma.same_bits(whole, mma.check(paged, spans, options, mma.decode_up_to(max(s.end - s.first for s in spans))))
+    longest = max(span.end - span.first for span in spans)
+    scratch = paged.runtime.empty(1 << 20, np.uint8)
+    mma.same_bits(whole, mma.check(paged, spans, options, mma.decode_up_to(longest + 1), scratch=scratch))
+    scratch = paged.runtime.empty(1 << 20, np.uint8)  # never written, once more
+    mma.same_bits(whole, paged.run([Span(1, 5, 5), *spans], options, mma.decode_up_to(3), scratch=scratch))
 
 
 def mma_padded_head(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
     """A head whose last k_step is half padding."""
     paged = _paged(rt, rng, "f16", (5, 1), 24)
-    _mma_both(rt, paged, PLAIN, Options(scale=0.4))
-    _mma_both(rt, paged, WINDOWED, Options(scale=0.4, window=65))
+    _mma_all_forms(paged, PLAIN, Options(scale=0.4))
+    _mma_all_forms(paged, WINDOWED, Options(scale=0.4, window=65))
 
 
 def mma_streaming(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
     paged = _paged(rt, rng, "bf16", (2, 1), 16, 8)
-    _mma_both(rt, paged, STREAMING, Options(scale=0.7, softcap=2.5))
-    _mma_both(rt, paged, STREAMING, Options(scale=0.7, softcap=2.5, window=30))
+    _mma_all_forms(paged, STREAMING, Options(scale=0.7, softcap=2.5))
+    _mma_all_forms(paged, STREAMING, Options(scale=0.7, softcap=2.5, window=30))
 
 
 def mma_bytes(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
     """Three k_steps of an 8-bit cache: pairs and one left over; two KV heads."""
     paged = _paged(rt, rng, "int8", (4, 2), 48)
-    _mma_both(rt, paged, PLAIN[1:], Options(scale=0.2))
+    _mma_all_forms(paged, PLAIN[1:], Options(scale=0.2, window=130))
 
 
 def mma_wide_head(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
-    """Tiles of 32 keys, and warps that share rows in both forms."""
-    paged = _paged(rt, rng, "f16", (2, 1), 136)
-    _mma_both(rt, paged, PLAIN[1:4], Options(scale=0.1))
+    """Tiles of 32 keys, warps that share rows in both forms, and threads that load no scale."""
+    paged = _paged(rt, rng, "int8", (2, 1), 144)
+    _mma_all_forms(paged, PLAIN[1:4], Options(scale=0.1))
 
 
 def f32_both(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
@@ -95,11 +102,13 @@ def f32_both(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
     for spans, options in ((PLAIN, Options()), (WINDOWED, Options(window=33))):
         limit = max(s.end - s.first for s in spans)
         results = []
-        for query_limit in (0, limit):
+        for query_limit in (0, limit + 1):
             attention = partial(paged_attention_f32, query_limit=query_limit)
             f32.check(cache, [s for s in spans if s.sequence is not None], options, attention)
             results.append(cache.run(spans, options, attention))
+        mixed = cache.run([Span(1, 5, 5), *spans], options, partial(paged_attention_f32, query_limit=3))
         f32.same_bits(*results)
+        f32.same_bits(results[0], mixed)
 
 
 def f32_streaming(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
@@ -209,6 +218,17 @@ def _rope(*shapes: tuple[int, int, int, int]) -> Probe:
     return probe
 
 
+def rope_apart(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
+    """Queries and keys that do not lie side by side."""
+    q, k = rows.values(rng, 3, 4, 16), rows.values(rng, 3, 2, 16)
+    angles = rng.uniform(0, 100, (3, 8))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    device_q, device_k = rt.from_host(q), rt.from_host(k)
+    rope_kernels.rope(rt, device_q, device_k, rt.from_host(cos), rt.from_host(sin))
+    rows.assert_same_bits(device_q, rows.rotated(q, cos, sin))
+    rows.assert_same_bits(device_k, rows.rotated(k, cos, sin))
+
+
 def activations(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
     rows.test_silu_mul_and_gelu_mul_are_within_their_stated_errors(rt, 1)
     rows.test_gelu_and_softcap_in_place(rt, rng, 1033)
@@ -218,6 +238,11 @@ def activations(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
 def elementwise(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
     for size in (33, 34, 576):
         rows.test_add_and_scale_round_once(rt, rng, size)
+    x, y = rows.values(rng, 3, 576), rows.values(rng, 3, 576)
+    device = rt.from_host(x)  # rows without a gap: what is past one's end is another's
+    elementwise_kernels.add(rt, device, rt.from_host(y))
+    elementwise_kernels.scale(rt, device, 0.3)
+    rows.assert_same_bits(device, (x + y) * np.float32(0.3))
 
 
 def gather(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
@@ -249,6 +274,18 @@ def _write_kv(*cases: tuple[str, int, int, int]) -> Probe:
             )
 
     return probe
+
+
+def smallest_scale(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
+    """The least vector that is stored as more than zeros, and the next below."""
+    least = np.float32(2.0**-100)
+    x = np.array([least, np.nextafter(least, np.float32(0))])[:, None, None] * np.ones(16, np.float32)
+    layer = paged_cache.allocate_layer(rt, 2, 1, 1, 16, "int8")
+    device = rt.from_host(x)
+    kv_cache_kernels.write_kv(rt, device, device, layer, rt.from_host(np.arange(2, dtype=np.int32)))
+    codes, scales = kv.stored(x, "int8")
+    np.testing.assert_array_equal(rt.download(layer.k).reshape(codes.shape), codes)
+    np.testing.assert_array_equal(rt.download(layer.k_scale).reshape(-1), np.asarray(scales).reshape(-1))
 
 
 def read_kv(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
@@ -350,7 +387,7 @@ FAMILIES: dict[str, dict[str, tuple[Probe, ...]]] = {
     },
     "rows": {
         "norms": (_norms(34, 33, 127, 260, 5000),),
-        "rope": (_rope((2, 2, 21, 18), (3, 1, 80, 32), (5, 0, 8, 8), (9, 3, 40, 40)),),
+        "rope": (rope_apart, _rope((2, 2, 21, 18), (3, 1, 80, 32), (5, 0, 8, 8), (9, 3, 40, 40)),),
         "elementwise": (elementwise,),
         "gather": (gather,),
         "quads": _ROWS,
@@ -362,7 +399,11 @@ FAMILIES: dict[str, dict[str, tuple[Probe, ...]]] = {
             read_kv,
             copy_blocks,
         ),
-        "kv_formats": (_write_kv(("f16", 2, 64, 16), ("int8", 5, 20, 4), ("fp8", 3, 80, 8)), conversions),
+        "kv_formats": (
+            _write_kv(("f16", 2, 64, 16), ("int8", 1, 16, 1), ("fp8", 3, 80, 8)),
+            conversions,
+            smallest_scale,
+        ),
     },
     "sampling": {"sampling": _SAMPLING, "sampling_noise": (noise, draws)},
 }

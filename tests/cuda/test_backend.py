@@ -146,12 +146,12 @@ class _LogitsWatcher:
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "f16", "bf16", "int8", "fp8"])
 def test_announced_sizes_are_those_taken(kv_dtype: str) -> None:
-    llm = engine(kv_dtype=kv_dtype, num_blocks=9)
+    llm = engine(kv_dtype=kv_dtype, num_blocks=9, head_dim=16)
     cache = llm.runner.cache
     assert cache.nbytes == backend().kv_cache_nbytes(cache.spec) == sum(layer.nbytes for layer in cache.layers)
 
 
-@pytest.mark.parametrize("kv_dtype", ["bf16", "int8", "fp8"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
 def test_narrow_caches_generate_and_keep_their_bits_through_a_snapshot(kv_dtype: str) -> None:
     def decoded(chunk: int) -> tuple[list[int], Any]:
         llm = engine(kv_dtype=kv_dtype, head_dim=16, max_batch_tokens=chunk)
@@ -159,7 +159,7 @@ def test_narrow_caches_generate_and_keep_their_bits_through_a_snapshot(kv_dtype:
         tokens = run_kept(llm)
         return tokens, llm.snapshot(llm.take_kept("only"))
 
-    (whole, first), (chunked, second) = decoded(64), decoded(5)
+    (whole, first), (chunked, second) = decoded(64), decoded(9)
     assert whole == chunked
     assert first.keys.tobytes() == second.keys.tobytes()
     assert first.values.tobytes() == second.values.tobytes()
