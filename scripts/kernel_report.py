@@ -25,7 +25,7 @@ from measurement import MistakeError, notice
 from rich.console import Console
 from rich.table import Table
 
-from cuda_kernels.budgets import BUDGETS_FILE, load_budgets, register_budget, save_budgets, violations
+from cuda_kernels.budgets import BUDGETS_FILE, Budgets, load_budgets, register_budget, save_budgets, violations
 from cuda_kernels.compile import Compiler
 from cuda_kernels.errors import CudaKernelError
 from cuda_kernels.kernel import Kernel
@@ -175,10 +175,10 @@ def main() -> None:
     notice(f"{len(kernels)} kernels for {', '.join(architectures)}")
     entries = collect(kernels, architectures, Compiler(options.cache))
     if options.write_budgets:
-        budgets: dict[str, dict[str, int]] = {}
+        registers: dict[str, dict[str, int]] = {}
         for one in entries:
-            budgets.setdefault(one.kernel.name, {})[one.architecture] = register_budget(one.code)
-        save_budgets(budgets)
+            registers.setdefault(one.kernel.name, {})[one.architecture] = register_budget(one.code)
+        save_budgets(Budgets(registers, load_budgets().spills))
     _print(entries, architectures)
     facts = [one.facts() for one in entries]
     if options.json is not None:

@@ -14,7 +14,9 @@ _PADDED = "only heads that are no multiple of 16 come here: the two sides are ne
 _UNUSED_STEP = "what the lanes load for a step that does not exist lies within the stage and is not used"
 _ROW_B = "row 0 of the results is some thread's row a, never a row b"
 _FULL = "a tile that all rows see whole is masked all the same, which changes nothing"
-_EMPTY_TILE = "copies nothing: no key is seen, every row of the tile past the end is zero bytes, and nobody waits or reads"
+_EMPTY_TILE = (
+    "copies nothing: no key is seen, every row of the tile past the end is zero bytes, and nobody waits or reads"
+)
 _FLOOR = "without keys the rounded quotient is 0 or less, and so is the number of tiles"
 _LAST_TILE = "past Q the next bound, K, holds already: shift is K - Q or K"
 _NO_BYTES = "an address of which zero bytes are read"
@@ -80,6 +82,9 @@ EQUIVALENT: dict[str, str] = {
     "linear_f32._build_decode.decode: thread < outputs -> thread <= outputs (2)": "token < tokens says as much",
     "linear_f32._build_decode.decode: thread < outputs -> True (2)": "token < tokens says as much",
     # rows and cache
+    "kv_cache_kernels._build_read_kv.read_kv: slot >= 0 -> True": (
+        "the scale is used under the same condition, and the compiler moves the load to where it is used"
+    ),
     "kv_formats.encode_e4m3: magnitude < E4M3_LEAST_NORMAL -> magnitude <= E4M3_LEAST_NORMAL": (
         "2 ** -6 has the code 8 either way"
     ),

@@ -131,7 +131,7 @@ def contains(kernel: Kernel, mutant: Mutant) -> bool:
 
 @cache
 def _parts(module: str, builder: str) -> frozenset[tuple[str, str]]:
-    """(module of the package, name at its top) of all that a builder names, in turn, but for other kernels' builders."""
+    """(module of the package, name at its top) of all that a builder names, in turn, but for other kernels."""
     todo, seen = [(module, builder)], set[tuple[str, str]]()
     while todo:
         where, name = todo.pop()
@@ -314,7 +314,7 @@ class _Finding:
             yield from self._indices(statement)
 
     def _statements(self, node: ast.AST) -> Iterator[tuple[ast.stmt, Callable[[ast.stmt], None]]]:
-        """The statements of the function and of its blocks, but not those of functions in it, and how to replace one."""
+        """The statements of the function and its blocks, but not of functions in it, and how to replace one."""
         for field in ("body", "orelse"):
             block = getattr(node, field, None)
             if not isinstance(block, list):
@@ -353,6 +353,7 @@ class _Finding:
         """The count must be a literal or a name: a sum is made before the kernel's definition."""
         argument = call.args[0]
         if isinstance(argument, ast.Constant):
+            assert isinstance(argument.value, int)
             argument.value += 1
             return
         assert self.factory is not None

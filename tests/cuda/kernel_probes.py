@@ -387,7 +387,10 @@ FAMILIES: dict[str, dict[str, tuple[Probe, ...]]] = {
     },
     "rows": {
         "norms": (_norms(34, 33, 127, 260, 5000),),
-        "rope": (rope_apart, _rope((2, 2, 21, 18), (3, 1, 80, 32), (5, 0, 8, 8), (9, 3, 40, 40)),),
+        "rope": (
+            rope_apart,
+            _rope((2, 2, 21, 18), (3, 1, 80, 32), (5, 0, 8, 8), (9, 3, 40, 40)),
+        ),
         "elementwise": (elementwise,),
         "gather": (gather,),
         "quads": _ROWS,

@@ -60,8 +60,8 @@ class _Original:
 
 
 def _code_digest(ptx: str) -> str:
-    """Of the instructions alone, not of where they stand in the source."""
-    lines = [line for line in ptx.splitlines() if not line.lstrip().startswith((".loc", "//"))]
+    """Of the instructions: not of source lines, nor of numba's unused variables, named by serial numbers."""
+    lines = [line for line in ptx.splitlines() if not line.lstrip().startswith((".loc", ".file", ".common", "//"))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -75,12 +75,12 @@ class _RecordingCompiler(Compiler):
         return self.used[kernel]
 
 
-def _original(module: str, folder: Path) -> _Original:
-    """Runs the probes on the original, which must pass, and compiles anew, so that processes begin with a warm compiler."""
+def _original(module: str, folder: Path, probes: int | None) -> _Original:
+    """Runs the probes on the original, which must pass."""
     compiler = _RecordingCompiler(folder)
     codes: dict[str, str] = {}
     launched = []
-    for probe in import_module(_PROBES).PROBES[module]:
+    for probe in import_module(_PROBES).PROBES[module][:probes]:
         compiler.used.clear()
         probe(EmulatedRuntime(compiler, checks=_CHECKS), np.random.default_rng(7))
         launched.append(tuple(compiler.used))
@@ -120,7 +120,7 @@ def _outcome(mutant: Mutant, original: _Original, folder: Path) -> Outcome:
     start = time.process_time()
     number, status, detail = 0, "same code", ""
     with installed(mutant, ["tests.cuda"]):
-        probes = import_module(_PROBES).PROBES[mutant.module]
+        probes = import_module(_PROBES).PROBES[mutant.module][: len(original.launched)]
         emulated = import_module(EmulatedRuntime.__module__)
         errors = import_module(EmulatorError.__module__)
         compile_error = import_module(KernelCompileError.__module__).KernelCompileError
@@ -152,15 +152,18 @@ def _run(task: tuple[Mutant, _Original, Path]) -> tuple[Mutant, Outcome]:
     return task[0], _outcome(*task)
 
 
-def outcomes(mutants: Iterable[Mutant], folder: Path, jobs: int = 1) -> Iterator[tuple[Mutant, Outcome]]:
+def outcomes(
+    mutants: Iterable[Mutant], folder: Path, jobs: int = 1, probes: int | None = None
+) -> Iterator[tuple[Mutant, Outcome]]:
     """Each mutant with its outcome, as they come.
 
     Args:
         folder: where compiled kernels are kept: the originals'; what mutants compile to is not.
         jobs: processes at a time.
+        probes: how many of a module's probes to run; all by default.
     """
     chosen = list(mutants)
-    originals = {module: _original(module, folder) for module in dict.fromkeys(m.module for m in chosen)}
+    originals = {module: _original(module, folder, probes) for module in dict.fromkeys(m.module for m in chosen)}
     tasks = [(mutant, originals[mutant.module], folder) for mutant in chosen]
     # where processes can be copied, the compiler is imported and warm in each
     Compiler(None).ptx(

@@ -10,7 +10,7 @@ import pytest
 from numba import cuda
 from numba.cuda import types
 
-from cuda_kernels.budgets import register_budget, violations
+from cuda_kernels.budgets import Budgets, register_budget, violations
 from cuda_kernels.compile import Compiler
 from cuda_kernels.errors import KernelCompileError
 from cuda_kernels.kernel import Kernel
@@ -221,6 +221,10 @@ def _kernel(build: Callable[..., Any], threads: int = 32, min_blocks: int = 0, *
     return Kernel(name, build, tuple(constants.items()), ("f32*", "i32"), threads, min_blocks)
 
 
+def _budgets(name: str, registers: int, spills: int = 0) -> Budgets:
+    return Budgets({name: {"sm_90a": registers}}, {name: {"sm_90a": spills}} if spills else {})
+
+
 def _measure(compiler: Compiler, kernel: Kernel) -> CodeStatistics:
     return measure(compiler.ptx(kernel), kernel.name, "sm_90a")
 
@@ -230,10 +234,10 @@ def test_a_clean_kernel_keeps_its_budget_and_not_a_smaller_one(compiler: Compile
     assert code.opcodes["LDG.32"] >= 1 and code.main_loop is not None
     budget = register_budget(code)
     assert budget % 8 == 0 and 0 <= budget - code.registers < 8
-    assert violations("clean", "sm_90a", code, {"clean": {"sm_90a": budget}}) == []
-    over = violations("clean", "sm_90a", code, {"clean": {"sm_90a": code.registers - 1}})
+    assert violations("clean", "sm_90a", code, _budgets("clean", budget)) == []
+    over = violations("clean", "sm_90a", code, _budgets("clean", code.registers - 1))
     assert len(over) == 1 and f"{code.registers} registers" in over[0]
-    assert "no budget" in violations("clean", "sm_90a", code, {})[0]
+    assert "no budget" in violations("clean", "sm_90a", code, Budgets({}, {}))[0]
 
 
 @pytest.mark.parametrize(
@@ -247,5 +251,13 @@ def test_a_clean_kernel_keeps_its_budget_and_not_a_smaller_one(compiler: Compile
 )
 def test_a_kernel_that_breaks_a_rule_is_caught(compiler: Compiler, kernel: Kernel, named: str) -> None:
     code = _measure(compiler, kernel)
-    found = violations(kernel.name, "sm_90a", code, {kernel.name: {"sm_90a": 255}})
+    found = violations(kernel.name, "sm_90a", code, _budgets(kernel.name, 255))
     assert any(named in line for line in found), found
+
+
+def test_spills_up_to_what_is_excused_are_let_through(compiler: Compiler) -> None:
+    kernel = _kernel(_build_spilling, threads=1024, min_blocks=1, count=80)
+    code = _measure(compiler, kernel)
+    assert violations("spilling", "sm_90a", code, _budgets("spilling", 255, code.spill_nbytes)) == []
+    (found,) = violations("spilling", "sm_90a", code, _budgets("spilling", 255, code.spill_nbytes - 4))
+    assert found == "spilling on sm_90a: 4 bytes of spills too many"
