@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,8 @@ from cuda_kernels.kernel import Kernel
 __all__ = ["PTX_TARGET", "Compiler", "assemble", "compile_to_ptx", "find_tool", "kernel_digest"]
 
 PTX_TARGET = (8, 0)
+
+_STARTED = time.time()  # a source edited later need not be what this process runs
 
 # Modules of which no kernel's code depends, though kernels' modules import them.
 HOST_ONLY = frozenset(f"{__package__}.{name}" for name in ("errors", "kernel", "launch", "roofline", "views"))
@@ -188,20 +191,26 @@ class Compiler:
             types = _numba_cuda().argument_types(kernel.signature)
             return compile_to_ptx(kernel.function(), types, name=kernel.name, launch_bounds=bounds).encode()
 
-        return self._get(f"{kernel_digest(kernel)}.ptx", make).decode()
+        return self._get(kernel, "ptx", make).decode()
 
     def cubin(self, kernel: Kernel, architecture: str) -> bytes:
         """Machine code for an architecture such as "sm_90". Raises KernelCompileError, ToolMissingError."""
-        file = f"{kernel_digest(kernel)}.{architecture}.cubin"
-        return self._get(file, lambda: assemble(self.ptx(kernel), architecture)[0])
+        return self._get(kernel, f"{architecture}.cubin", lambda: assemble(self.ptx(kernel), architecture)[0])
 
-    def _get(self, file: str, make: Callable[[], bytes]) -> bytes:
-        """The content of a file of the cache; one that is absent, cut short or altered is made again."""
+    def _get(self, kernel: Kernel, suffix: str, make: Callable[[], bytes]) -> bytes:
+        """The content of a file of the cache; one that is absent, cut short or altered is made again.
+
+        Kernels of sources that were edited since the process began are kept in memory alone: the file would be named
+        by the new text and hold the old code.
+        """
+        file = f"{kernel_digest(kernel)}.{suffix}"
         if file not in self._kept:
-            content = self._read(file)
+            edited = any(path.stat().st_mtime > _STARTED for path in _sources(kernel.build.__module__))
+            content = None if edited else self._read(file)
             if content is None:
                 content = make()
-                self._write(file, content)
+                if not edited:
+                    self._write(file, content)
             self._kept[file] = content
         return self._kept[file]
 

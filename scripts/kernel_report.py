@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kernel_report_page import render_page
+from kernel_report_page import main_architecture, render_page
 from measurement import MistakeError, notice
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +52,8 @@ class Entry:
     occupancy: Occupancy
     work: TileWork | None
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, detailed: bool) -> dict[str, Any]:
+        """For the result file; detailed: what the main loop is made of, too."""
         code, fits = self.code, self.occupancy
         loop = code.main_loop
         facts: dict[str, Any] = {
@@ -67,11 +68,13 @@ class Entry:
             "f64_instructions": code.f64_instructions,
             "local_instructions": code.local_instructions,
             "instructions": code.num_instructions,
-            "main_loop": dict(loop.opcodes) if loop is not None else {},
+            "loop_instructions": loop.num_instructions if loop is not None else 0,
             "occupancy": round(fits.fraction, 4),
             "blocks": fits.blocks,
             "limited_by": fits.limit,
         }
+        if detailed:
+            facts["main_loop"] = dict(loop.opcodes) if loop is not None else {}
         if self.work is not None:
             facts["tile"] = {
                 "flop": self.work.flop,
@@ -134,7 +137,7 @@ def collect(kernels: dict[Kernel, str], architectures: Sequence[str], compiler: 
 
 def _print(entries: Sequence[Entry], architectures: Sequence[str]) -> None:
     """Registers and occupancy on each architecture; the rest as on the one that stands for all."""
-    main = "sm_90a" if "sm_90a" in architectures else architectures[0]
+    main = main_architecture(architectures)
     table = Table("kernel", f"threads, KB shared ({main})", f"main loop ({main})", title_justify="left")
     table.title = "registers / occupancy; spills, stack, local memory and float64 are named where there are any"
     for architecture in architectures:
@@ -180,7 +183,8 @@ def main() -> None:
             registers.setdefault(one.kernel.name, {})[one.architecture] = register_budget(one.code)
         save_budgets(Budgets(registers, load_budgets().spills))
     _print(entries, architectures)
-    facts = [one.facts() for one in entries]
+    main = main_architecture(architectures)
+    facts = [one.facts(detailed=one.architecture == main) for one in entries]
     if options.json is not None:
         _write(options.json, "[\n" + ",\n".join(json.dumps(fact) for fact in facts) + "\n]\n")
     if options.html is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cuda_kernels.roofline import ARCHITECTURES, TileWork
 
-__all__ = ["render_page"]
+__all__ = ["kinds_of", "main_architecture", "render_page"]
 
 Fact = Mapping[str, Any]
 
@@ -38,7 +39,7 @@ svg { max-width: 100%; height: auto; }
 def render_page(facts: Sequence[Fact]) -> str:
     """HTML of the report's facts. Raises ImportError without matplotlib."""
     architectures = list(dict.fromkeys(fact["architecture"] for fact in facts))
-    main = MAIN if MAIN in architectures else architectures[0]
+    main = main_architecture(architectures)
     of_main = [fact for fact in facts if fact["architecture"] == main]
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Kernel report</title>",
@@ -61,6 +62,11 @@ def render_page(facts: Sequence[Fact]) -> str:
     return "\n".join(parts)
 
 
+def main_architecture(architectures: Sequence[str]) -> str:
+    """The one that stands for all where only one is shown."""
+    return MAIN if MAIN in architectures else architectures[0]
+
+
 def _by(facts: Iterable[Fact], key: str) -> dict[str, list[Fact]]:
     groups: dict[str, list[Fact]] = {}
     for fact in facts:
@@ -77,7 +83,7 @@ def _svg(figure: Any) -> str:
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kernel report"}):
         figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)
     return text[text.index("<svg") :]
 
 
@@ -172,7 +178,7 @@ def _draw_roofline(facts: Sequence[Fact], architecture: str) -> Any:
 
 def _table(facts: Sequence[Fact], architectures: Sequence[str]) -> str:
     """A row for each kernel: what differs by architecture, then the main architecture's instructions."""
-    main = MAIN if MAIN in architectures else architectures[0]
+    main = main_architecture(architectures)
     opcodes = ["HMMA", "FFMA", "LDSM", "LDGSTS.128", "LDG.128"]
     head = ["kernel", "threads", "KB shared", *architectures, "main loop", *opcodes]
     lines = [f"<tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr>"]

@@ -75,17 +75,21 @@ class _RecordingCompiler(Compiler):
         return self.used[kernel]
 
 
-def _original(module: str, folder: Path, probes: int | None) -> _Original:
-    """Runs the probes on the original, which must pass."""
-    compiler = _RecordingCompiler(folder)
-    codes: dict[str, str] = {}
-    launched = []
-    for probe in import_module(_PROBES).PROBES[module][:probes]:
-        compiler.used.clear()
-        probe(EmulatedRuntime(compiler, checks=_CHECKS), np.random.default_rng(7))
-        launched.append(tuple(compiler.used))
-        codes |= {kernel.name: _code_digest(ptx) for kernel, ptx in compiler.used.items()}
-    return _Original(tuple(launched), codes)
+def _originals(modules: Iterable[str], folder: Path, probes: int | None) -> dict[str, _Original]:
+    """Runs the modules' probes on the original, which must pass; those that several modules share, once."""
+    table = import_module(_PROBES).PROBES
+    recorded: dict[Any, dict[Kernel, str]] = {}
+    originals = {}
+    for module in modules:
+        chosen = table[module][:probes]
+        for probe in chosen:
+            if probe not in recorded:
+                compiler = _RecordingCompiler(folder)
+                probe(EmulatedRuntime(compiler, checks=_CHECKS), np.random.default_rng(7))
+                recorded[probe] = {kernel: _code_digest(ptx) for kernel, ptx in compiler.used.items()}
+        codes = {kernel.name: digest for probe in chosen for kernel, digest in recorded[probe].items()}
+        originals[module] = _Original(tuple(tuple(recorded[probe]) for probe in chosen), codes)
+    return originals
 
 
 class _MutantCompiler:
@@ -163,7 +167,7 @@ def outcomes(
         probes: how many of a module's probes to run; all by default.
     """
     chosen = list(mutants)
-    originals = {module: _original(module, folder, probes) for module in dict.fromkeys(m.module for m in chosen)}
+    originals = _originals(dict.fromkeys(mutant.module for mutant in chosen), folder, probes)
     tasks = [(mutant, originals[mutant.module], folder) for mutant in chosen]
     # where processes can be copied, the compiler is imported and warm in each
     Compiler(None).ptx(

@@ -143,6 +143,16 @@ def test_an_edit_of_a_source_makes_another_digest(tmp_path: Path, monkeypatch: p
     assert len(set(found)) == 4 and digest() == found[-1]
 
 
+def test_a_source_edited_under_a_running_process_leaves_the_cache_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs is the old code, and the file would be named by the new."""
+    monkeypatch.setattr(compiling, "_STARTED", 0.0)
+    compiler = Counting(tmp_path)
+    assert compiler.ptx(_fill()) == compiler.ptx(_fill())
+    assert compiler.compiled == ["fill"] and not any(tmp_path.iterdir())
+
+
 def test_a_cached_kernel_needs_no_compiler(tmp_path: Path) -> None:
     """Reading from the cache imports nothing of numba-cuda's compiler: the module that does is left alone."""
     ptx = Counting(tmp_path).ptx(_fill())
