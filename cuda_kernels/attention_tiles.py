@@ -50,8 +50,10 @@ from cuda_kernels.primitives import (
     load4,
     mma_bf16,
     mma_f16,
+    multiply_wide,
     pack_bf16,
     pack_f16,
+    shift_right,
 )
 
 __all__ = ["STORAGES", "TileFunctions", "TileShape", "tile_functions"]
@@ -264,13 +266,13 @@ def _load_tile(shape: TileShape) -> Callable[..., Any]:
                     row = _i32(_u32(piece) // _u32(padded))
                 key = _i32(first_key + row)
                 seen = min(max(key, low), high)  # a row that may be read, for all
-                block = tables[table_row + (seen >> block_shift)]
+                block = tables[table_row + _i32(shift_right(_u32(seen), _u32(block_shift)))]
                 offset = _i32(_i32(_i32(head << block_shift) + (seen & block_mask)) * row_words + chunk * 4)
                 nbytes = _i32(16) if seen == key else _i32(0)
                 if padded != chunks and chunk >= chunks:
                     nbytes = _i32(0)
                     offset = _i32(offset - chunk * 4)
-                source = _i64(block) * _i64(block_words) + _i64(offset)
+                source = _i64(multiply_wide(_u32(block), _u32(block_words))) + _i64(offset)
                 to = _i32(at + row * pitch + chunk * 4)
                 cp_async16(sh, to, k, source, nbytes)
                 cp_async16(sh, _i32(to + tile_words), v, source, nbytes)

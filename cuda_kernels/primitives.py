@@ -42,10 +42,12 @@ __all__ = [
     "log2",
     "mma_bf16",
     "mma_f16",
+    "multiply_wide",
     "pack_bf16",
     "pack_f16",
     "rcp",
     "rsqrt",
+    "shift_right",
     "store2",
     "store4",
     "unpack_bf16",
@@ -125,6 +127,12 @@ and_or = _assembly("and_or", "lop3.b32 $0, $1, $2, $3, 0xEA;", "r", "rrr")
 
 byte_permute = _assembly("byte_permute", "prmt.b32 $0, $1, $2, $3;", "r", "rrr")
 """(a, b, selector): byte i of the result is byte number (selector >> 4 i) & 7 of the eight of a, then b."""
+
+multiply_wide = _assembly("multiply_wide", "mul.wide.s32 $0, $1, $2;", "l", "rr")
+"""The 64-bit product of two int32, given and returned as unsigned: one instruction, wherever the operands come from."""
+
+shift_right = _assembly("shift_right", "shr.s32 $0, $1, $2;", "r", "rr")
+"""An int32, given as uint32, divided by 2 ** n and rounded down; numba's own >> would work in 64 bits."""
 
 
 def _llvm_call(function: str, count: int) -> Callable[..., Any]:

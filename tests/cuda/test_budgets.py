@@ -26,7 +26,7 @@ MAIN = ("sm_80", "sm_90a")
 MAX_SHARED = 99 << 10  # of a block, on the smallest of the architectures
 
 
-def _representatives() -> list[str]:
+def representatives() -> list[str]:
     """Of the kernels that differ in dtypes, sizes and options alone, the one with the most registers."""
     groups: dict[tuple[str, str], list[str]] = {}
     option = r"_(f32|f16|bf16|int8|fp8|Q\d_\w|[drt]?\d+|softcap|sinks|sums|unaligned)(?=_|$)"
@@ -104,7 +104,7 @@ def test_the_budget_file_is_written_as_it_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "budgets.json").read_text() == BUDGETS_FILE.read_text()
 
 
-@pytest.mark.parametrize("name", _representatives())
+@pytest.mark.parametrize("name", representatives())
 def test_a_kernel_of_each_kind_keeps_its_budget(measured: Measure, name: str) -> None:
     _check(measured, name, MAIN)
 
@@ -115,7 +115,7 @@ def test_every_kernel_keeps_its_budget_on_every_architecture(measured: Measure, 
     _check(measured, name, tuple(ARCHITECTURES))
 
 
-@pytest.mark.parametrize("name", [name for name in _representatives() if re.match(r"(paged_|flash_)?attention_", name)])
+@pytest.mark.parametrize("name", [name for name in representatives() if re.match(r"(paged_|flash_)?attention_", name)])
 def test_attention_loads_16_bytes_at_a_time(measured: Measure, name: str) -> None:
     """In a main loop, global memory is read in 16-byte pieces, but for block ids, scales and row statistics."""
     loop = measured(name, ("sm_90a",))["sm_90a"].main_loop
