@@ -4,7 +4,7 @@
 
 What is changed is told by tests/cuda/kernel_mutants.py, what notices by tests/cuda/kernel_probes.py, and which changes
 make no difference, and why, by tests/cuda/equivalent_mutants.py. One line is printed for each mutant that nothing
-noticed, then a table; the exit status is 1 if there is one that is not known to be equivalent. Words choose the mutants
+noticed, then a table; the exit status is 1 if there are any. Words choose the mutants
 whose names contain one of them. With --json results are added to those that the file has of other mutants.
 """
 

@@ -27,7 +27,7 @@ from tests.cuda import (
     test_rows as rows,
     test_sampling as sampling,
 )
-from tests.cuda.attention_cases import Options, PagedSequences, Sequences, Span
+from tests.cuda.attention_cases import NO_BLOCK, Options, PagedSequences, Sequences, Span
 from tests.cuda.linear_cases import Case
 
 __all__ = ["FAMILIES", "PROBES", "Probe"]
@@ -48,14 +48,23 @@ def _paged(
     return PagedSequences.create(rt, Sequences.random(rng, dtype, [300, 70, 1], *heads, head_dim), rng, block_size)
 
 
-# past one split, padding, all of a tile and some, one key, across the end of a split
-PLAIN = [Span(0, 280, 300), Span(None, 0, 2), Span(1, 50, 70), Span(2, 0, 1), Span(0, 255, 257)]
+# past one split, padding, all of a tile and some, one key, across the end of a split, one key of a tile
+PLAIN = [
+    Span(0, 280, 300),
+    Span(None, 0, 2),
+    Span(1, 50, 70),
+    Span(2, 0, 1),
+    Span(0, 255, 257),
+    Span(1, 61, 65),
+    Span(1, 32, 33),
+]
 WINDOWED = [Span(0, 290, 300), Span(1, 0, 20), Span(0, 299, 300)]
 STREAMING = [
     Span(0, 286, 300, window=20, sinks=4),
     Span(1, 40, 56, window=30, sinks=17),
     Span(0, 298, 300, window=20, sinks=70),
     Span(0, 255, 259, window=1, sinks=1),
+    Span(1, 60, 70, window=30, sinks=35),
     Span(1, 66, 70),
     Span(2, 0, 1, window=90, sinks=3),
     Span(None, 0, 2),
@@ -83,6 +92,11 @@ def mma_streaming(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
     paged = _paged(rt, rng, "bf16", (2, 1), 16, 8)
     _mma_all_forms(paged, STREAMING, Options(scale=0.7, softcap=2.5))
     _mma_all_forms(paged, STREAMING, Options(scale=0.7, softcap=2.5, window=30))
+    spans, options = [Span(1, 0, 3, window=90, sinks=20)], Options(scale=0.7, softcap=2.5)  # more sinks than keys
+    tables = np.full((1, 3), NO_BLOCK, np.int32)
+    tables[0, 0] = paged.tables[1][0]
+    for attention in (mma.prefill, mma.decode_up_to(3)):
+        mma.check(paged, spans, options, attention, block_tables=rt.from_host(tables))
 
 
 def mma_bytes(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
@@ -111,6 +125,20 @@ def f32_both(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
         f32.same_bits(results[0], mixed)
 
 
+def f32_lone_keys(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
+    """A key alone in its tile has the largest score, and sums of weights come near powers of two.
+
+    Only there do an online step and a merge of partials, which rounds once more, differ in bits.
+    """
+    cache = f32.create(rt, rng, [65], (64, 1), 12)
+    for position in (32, 64):
+        factors = np.linspace(0.5, 3, 64, dtype=np.float32)[:, None]
+        cache.sequences.queries[0][position] = factors * cache.sequences.keys[0].bits[position]
+    spans = [Span(0, 32, 33), Span(0, 64, 65)]
+    results = [cache.run(spans, Options(), partial(paged_attention_f32, query_limit=limit)) for limit in (0, 1)]
+    f32.same_bits(*results)
+
+
 def f32_streaming(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
     cache = f32.create(rt, rng, [300, 70, 1], (2, 1), 8)
     for options in (Options(softcap=2.0), Options(softcap=2.0, window=30)):
@@ -120,6 +148,25 @@ def f32_streaming(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
             f32.check(cache, STREAMING[:-1], options, attention)
             results.append(cache.run(STREAMING, options, attention))
         f32.same_bits(*results)
+    cache = f32.create(rt, rng, [300, 70, 1], (2, 1), 8, 8)
+    spans, options = [Span(1, 0, 3, window=90, sinks=20)], Options(softcap=2.0)  # more sinks than keys
+    tables = np.full((1, 3), NO_BLOCK, np.int32)
+    tables[0, 0] = cache.tables[1][0]
+    for query_limit in (0, 3):
+        attention = partial(paged_attention_f32, query_limit=query_limit)
+        cache.run(spans, options, attention, block_tables=rt.from_host(tables))
+
+
+def f32_wide_head(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
+    """Tiles of 16 keys, and threads without a last chunk of a row."""
+    cache = f32.create(rt, rng, [40, 17], (2, 1), 132)
+    spans, options = [Span(0, 33, 40), Span(1, 16, 17)], Options(scale=0.1)
+    results = []
+    for query_limit in (0, 7):
+        attention = partial(paged_attention_f32, query_limit=query_limit)
+        f32.check(cache, spans, options, attention)
+        results.append(cache.run(spans, options, attention))
+    f32.same_bits(*results)
 
 
 def f32_unseen(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
@@ -159,6 +206,7 @@ SHAPES = (
     (1, 67, 131, 2, 1, True),
     (1, 65, 33, 1, 1, True),
     (2, 5, 35, 1, 1, False),
+    (2, 13, 9, 1, 1, False),
 )
 
 # ---- linear layers
@@ -338,7 +386,7 @@ def noise(rt: EmulatedRuntime, rng: np.random.Generator) -> None:
 # ---- which for which
 
 _MMA = (mma_padded_head, mma_streaming, mma_bytes, mma_wide_head)
-_F32 = (f32_both, f32_streaming, f32_unseen)
+_F32 = (f32_both, f32_streaming, f32_unseen, f32_lone_keys, f32_wide_head)
 _FLASH_F32 = (_flash_forward("f32", 64, *SHAPES), _flash_bits("f32", 64))
 _FLASH_MMA = (_flash_forward("f16", 64, *SHAPES), _flash_bits("bf16", 80))
 _LINEAR_TENSOR = (
@@ -372,7 +420,7 @@ FAMILIES: dict[str, dict[str, tuple[Probe, ...]]] = {
     "flash_attention": {
         "flash_attention": _FLASH_F32,
         "flash_attention_mma": _FLASH_MMA,
-        "flash_attention_tiles": (*_FLASH_MMA, *_FLASH_F32),
+        "flash_attention_tiles": (*_FLASH_MMA, *_FLASH_F32, _flash_forward("f32", 80, *SHAPES[1:])),
         "flash_attention_backward": (_flash_backward("f32", 64, *SHAPES), _flash_backward("bf16", 80, *SHAPES)),
         "flash_attention_backward_f32": (_flash_backward("f32", 64, *SHAPES), _flash_bits("f32", 64)),
         "flash_attention_backward_mma": (_flash_backward("bf16", 80, *SHAPES), _flash_bits("bf16", 80)),

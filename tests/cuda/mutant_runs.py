@@ -34,7 +34,7 @@ class Outcome:
 
     Attributes:
         status: "check": the emulator reported it; "result": a comparison failed; "same code": it compiles to what the
-            original does, in every kernel that the probes launch; "no code": it does not compile; "survived".
+            original does, in every kernel that the probes launch; "no code": no probe's kernels compile; "survived".
         detail: the kinds of problem, or what failed.
         probe: the number of the probe that noticed, from 1.
         seconds: of processor time.
@@ -134,15 +134,15 @@ def _outcome(mutant: Mutant, original: _Original, folder: Path) -> Outcome:
             try:
                 if not compiler.changed(original.launched[number - 1]):
                     continue
-                status = "survived"
+                status, detail = "survived", ""
                 probe(emulated.EmulatedRuntime(compiler, checks=checks), np.random.default_rng(7))
             except errors.EmulatorError as error:
                 kinds = sorted({problem.kind for problem in error.report.problems}) if error.report else []
                 status, detail = "check", ", ".join(kinds) or str(error)[:200]
                 break
             except (compile_error, KernelCompileError) as error:
-                status, detail = "no code", str(error)[:200]
-                break
+                if status != "survived":
+                    status, detail = "no code", str(error)[:200]
             except Exception as error:  # a wrong result can break a comparison in any way
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
                 status, detail = "result", f"{type(error).__name__} {' '.join(lines)[:100]}".strip()
