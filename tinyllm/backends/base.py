@@ -354,3 +354,44 @@ class Backend(Protocol):
         the table holds for keys between the two does not matter. sink_q may be None where no query uses it.
         """
         ...
+
+    def flash_attention(
+        self,
+        q: F32Array,
+        k: F32Array,
+        v: F32Array,
+        *,
+        scale: float,
+        causal: bool = True,
+        out: F32Array | None = None,
+        lse: F32Array | None = None,
+    ) -> tuple[F32Array, F32Array]:
+        """Dense attention: q (N, Q, H, D), k and v (N, K, KH, D) -> out (N, Q, H, D), lse (N, H, Q).
+
+        Scores are scale * q.k; query head h reads key head h // (H // KH). A causal query i sees the keys
+        j <= i + K - Q; a row that sees nothing has out 0 and lse -inf. lse is the natural log of the sum of
+        exp(scores). Memory beside the results is linear in Q and K.
+        """
+        ...
+
+    def flash_attention_backward(
+        self,
+        dout: F32Array,
+        q: F32Array,
+        k: F32Array,
+        v: F32Array,
+        out: F32Array,
+        lse: F32Array,
+        *,
+        scale: float,
+        causal: bool = True,
+        dq: F32Array | None = None,
+        dk: F32Array | None = None,
+        dv: F32Array | None = None,
+    ) -> tuple[F32Array, F32Array, F32Array]:
+        """The gradients of sum(dout * out) with respect to q, k and v, from what flash_attention returned.
+
+        Recomputes the probabilities (arXiv:2205.14135, algorithm 4); the same bits in every run and for every number
+        of threads.
+        """
+        ...

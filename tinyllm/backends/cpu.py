@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyllm.backends.base import SPLIT_KEYS, Batch, F32Array, I32Array, KVCacheSpec
+from tinyllm.backends.cpu_flash_attention import CpuFlashAttention
 from tinyllm.backends.cpu_kernels import attention, rows
 from tinyllm.backends.cpu_kernels.formats import PACKED
 from tinyllm.backends.cpu_kernels.jit import Kernel, address_of
@@ -47,7 +48,7 @@ def _print_compiling(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-class CpuBackend(HostBackend):
+class CpuBackend(CpuFlashAttention, HostBackend):
     """The ops of `Backend` on the threads of this process.
 
     Args:

@@ -17,6 +17,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from functools import cache
@@ -143,15 +144,17 @@ class Kernel:
         self.name = name
         self.address = 0
         self.pack_into = struct.Struct(slots).pack_into
+        self._building = threading.Lock()  # several backends may meet at a kernel's first use
         self._cache = _DiskCache(name)
         self._compiled = CFunc(scope["task"], (_TASK.args, _TASK.return_type), {}, {"error_model": "numpy"})
         self._compiled._cache = self._cache  # type: ignore[attr-defined]
 
     def build(self, on_compile: Callable[[], None]) -> None:
         """Loads or compiles the kernel; calls on_compile before it compiles."""
-        self._cache.on_compile = on_compile
-        self._compiled.compile()
-        self.address = int(self._compiled.address or 0)
+        with self._building:
+            self._cache.on_compile = on_compile
+            self._compiled.compile()
+            self.address = int(self._compiled.address or 0)
 
 
 def kernel(function: Callable[..., None]) -> Kernel:
@@ -159,7 +162,11 @@ def kernel(function: Callable[..., None]) -> Kernel:
 
     The parameters are (worker, begin, end) and then the arguments, each annotated int or float.
     """
-    return Kernel(f"{function.__module__.rpartition('.')[2]}.{function.__name__}", function)
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    source = Path(inspect.getfile(function))
+    if source.parent != Path(__file__).parent:  # the cache folder's name says nothing of that file
+        name += "-" + hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+    return Kernel(name, function)
 
 
 # ---- functions called from Python

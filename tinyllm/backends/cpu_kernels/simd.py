@@ -20,8 +20,8 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 __all__ = [
     "LANES", "Vec", "atomic_add", "atomic_load", "atomic_store", "call_task", "compare_exchange", "copy_floats", "fma",
     "instruction", "iota_mask", "lane_max", "lane_sum", "load", "load_arguments", "load_f32", "load_first", "load_i32",
-    "load_i64", "load_u8", "load_u16", "load_u32", "maximum", "splat", "sqrt", "store", "store_f32", "store_first",
-    "store_i64", "store_u8", "store_u16", "store_u32", "zeros",
+    "load_i64", "load_u8", "load_u16", "load_u32", "maximum", "splat", "sqrt", "sqrt_lanes", "store", "store_f32",
+    "store_first", "store_i64", "store_u8", "store_u16", "store_u32", "zeros",
 ]  # fmt: skip
 
 LANES = 16
@@ -219,6 +219,14 @@ def sqrt(b: Builder, x: Value) -> Value:
     function = b.module.globals.get("llvm.sqrt.f32")
     if function is None:
         function = ir.Function(b.module, ir.FunctionType(F32, [F32]), "llvm.sqrt.f32")
+    return b.call(function, [x])
+
+
+@instruction(vec, vec)
+def sqrt_lanes(b: Builder, x: Value) -> Value:
+    function = b.module.globals.get("llvm.sqrt.v16f32")
+    if function is None:
+        function = ir.Function(b.module, ir.FunctionType(VF, [VF]), "llvm.sqrt.v16f32")
     return b.call(function, [x])
 
 
