@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("tinyllm", "weights", "tests", "pyproject.toml")
+COPIED = ("tinyllm", "weights", "tests", "scripts", "pyproject.toml")
 
 # a pytest plugin: that there is a failing example is enough
 NO_SHRINKING = """
@@ -36,6 +36,7 @@ INTERRUPTS = ("tests/e2e/test_same_bits.py", "-k", "interrupted_steps")
 NEIGHBOURS = ("tests/e2e/test_same_bits.py", "-k", "test_the_gate and 2-16-2-True")
 BOOKKEEPING = ("tests/unit/test_block_manager.py", "tests/unit/test_scheduler.py")
 ENGINE = ("tests/unit/test_engine_machine.py", "tests/e2e/test_engine.py")
+DENSE = ("tests/kernels/test_flash_attention.py",)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ BLOCKS = "tinyllm/engine/block_manager.py"
 SCHEDULER = "tinyllm/engine/scheduler.py"
 ENGINE_FILE = "tinyllm/engine/llm_engine.py"
 REFERENCE = "tinyllm/backends/reference.py"
+DENSE_OP = "tinyllm/backends/cpu_flash_attention.py"
+DENSE_KERNELS = "tinyllm/backends/cpu_kernels/flash_attention.py"
 
 MUTANTS = (
     Mutant(
@@ -297,23 +300,215 @@ MUTANTS = (
         "        return (0,)\n",
         GATE,
     ),
+    Mutant(
+        "dense attention: dS is not scaled",
+        DENSE_KERNELS,
+        "p * (load(row_dscores + 4 * j) - row_delta) * splat(scale)",
+        "p * (load(row_dscores + 4 * j) - row_delta)",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: dS without delta",
+        DENSE_KERNELS,
+        "(load(row_dscores + 4 * j) - row_delta)",
+        "load(row_dscores + 4 * j)",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: a query sees one key too many",
+        DENSE_KERNELS,
+        "visible = min(n_keys, first + r + shift + 1 - key)",
+        "visible = min(n_keys, first + r + shift + 2 - key)",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: a query sees one key too few",
+        DENSE_KERNELS,
+        "visible = min(n_keys, first + r + shift + 1 - key)",
+        "visible = min(n_keys, first + r + shift - key)",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: backward, a query sees one key too many",
+        DENSE_KERNELS,
+        "min(n_keys, visible + r)",
+        "min(n_keys, visible + r + 1)",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: backward, a query sees one key too few",
+        DENSE_KERNELS,
+        "min(n_keys, visible + r)",
+        "min(n_keys, visible + r - 1)",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: the mask is aligned at the beginning",
+        DENSE_OP,
+        "K - Q if causal else K",
+        "0 if causal else K",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: dk and dv leave out a head of a group",
+        DENSE_KERNELS,
+        "range(kv_head * group, kv_head * group + group)",
+        "range(kv_head * group + min(1, group - 1), kv_head * group + group)",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: query heads take key heads in turn",
+        DENSE_KERNELS,
+        "values = _row_of(arrays, 1, n, 0, h // group)",
+        "values = _row_of(arrays, 1, n, 0, h % kv_heads)",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: tiles of keys from the last to the first",
+        DENSE_KERNELS,
+        "            tile = tiles + key // TILE * tile_nbytes\n            _multiply(",
+        "            tile = tiles + (k_tiles - 1 - key // TILE) * tile_nbytes\n            _multiply(",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: tiles of another batch",
+        DENSE_KERNELS,
+        "tiles = keys + (n * kv_heads + h // group) * k_tiles",
+        "tiles = keys + (h // group) * k_tiles",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: lanes past the last key are not zeroed",
+        DENSE_KERNELS,
+        "for j in range(rows, TILE):",
+        "for j in range(TILE, TILE):",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: dk and dv start a tile of queries too late",
+        DENSE_KERNELS,
+        "start = max(0, key - shift) // TILE * TILE",
+        "start = (max(0, key - shift) + TILE - 1) // TILE * TILE",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: the accumulator is not rescaled",
+        DENSE_KERNELS,
+        "load(acc + 4 * d) * keep)",
+        "load(acc + 4 * d))",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: the sum is not rescaled",
+        DENSE_KERNELS,
+        "        total = total * keep\n",
+        "",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: values past the last are read",
+        DENSE_KERNELS,
+        "_multiply_add(scores, _PITCH, 4, values + key * v_row, v_row, n_keys,",
+        "_multiply_add(scores, _PITCH, 4, values + key * v_row, v_row, TILE,",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: keys past the last are read",
+        DENSE_KERNELS,
+        "k_rows + key * k_row, k_row, n_keys,",
+        "k_rows + key * k_row, k_row, TILE,",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: queries past the last are read",
+        DENSE_KERNELS,
+        "dout_rows, dout_row, rows, v_acc",
+        "dout_rows, dout_row, TILE, v_acc",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: old scores where a row of a tile sees nothing",
+        DENSE_KERNELS,
+        "                    _clear(scores + r * _PITCH, _PITCH)\n",
+        "                    pass\n",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: dv goes on from the last tile",
+        DENSE_KERNELS,
+        "        _clear(v_acc, n_keys * acc_pitch)\n",
+        "",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: workers share their scratch",
+        DENSE_KERNELS,
+        "scores = scratch + worker * scratch_stride",
+        "scores = scratch",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: a row alone is rounded in another way",
+        DENSE_KERNELS,
+        "emit_fma(b, lanes[v], scalars[r], accs[r * vectors + v])\n",
+        "(emit_fma(b, lanes[v], scalars[r], accs[r * vectors + v]) if rows > 1 else\n"
+        "                     b.fadd(b.fmul(lanes[v], scalars[r]), accs[r * vectors + v]))\n",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: all scores have a place in memory",
+        DENSE_OP,
+        "self._reserve(self.num_threads * worker_nbytes + transposed)",
+        "self._reserve(self.num_threads * worker_nbytes + transposed + 4 * N * H * Q * K)",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: the reference does not scale dS",
+        REFERENCE,
+        "dscores = f32(scale) * probs *",
+        "dscores = probs *",
+        DENSE,
+    ),
+    Mutant(
+        "dense attention: the reference's gradients are those of the last head",
+        REFERENCE,
+        "dv[at] += probs",
+        "dv[at] = probs",
+        DENSE,
+    ),
 )
 
 
-def tests_fail(folder: Path, tests: Sequence[str]) -> bool:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no_shrinking", *tests]
+def tests_fail(folder: Path, file: str, tests: Sequence[str]) -> bool:
+    """Whether one of the tests fails in `folder`, whose `file` is changed."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no_shrinking",
+        *tests,
+    ]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    if file.startswith(("tinyllm/backends/cpu_kernels/", "scripts/training/kernels")):  # wanted only once
+        environment["TINYLLM_CACHE"] = str(folder / "cache")
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise SystemExit(f"pytest could not run {' '.join(tests)}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.returncode == 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUTANTS) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME")
     wanted = parser.parse_args(argv).names
-    chosen = [m for m in MUTANTS if not wanted or any(word in m.name for word in wanted)]
+    chosen = [m for m in mutants if not wanted or any(word in m.name for word in wanted)]
     survived = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -331,7 +526,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise SystemExit(f"{mutant.name}: {mutant.file} has its place {original.count(mutant.old)} times")
             start = time.monotonic()
             file.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
-            killed = tests_fail(folder, mutant.tests)
+            killed = tests_fail(folder, mutant.file, mutant.tests)
             file.write_text(original, encoding="utf-8")
             survived += not killed
             print(

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuda_kernels.errors import KernelArgumentError
+from tests.kernels.dense_attention import Dense, assert_exact
 from tests.models.harness import difference, expected, fixture_path
 from tests.tiny import generate, random_prompt, run_all, tiny_checkpoint, tiny_engine
 from tinyllm.backends import backend_for, create_backend
@@ -175,6 +177,40 @@ def run_kept(llm: LLMEngine) -> list[int]:
         for output in llm.step().finished:
             done = output.outputs[0].token_ids
     return done
+
+
+# ---- dense attention
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_dense_attention_and_its_gradients_are_exact_to_a_few_roundings(causal: bool) -> None:
+    """Two query heads for each key head; the first queries see nothing where the mask is causal."""
+    case = Dense.random(np.random.default_rng(7), 1, 7, 5, 2, 1, 64, causal=causal)
+    ops, options = backend(), {"scale": case.scale, "causal": causal}
+    q, k, v, dout = (ops.to_device(x) for x in (case.q, case.k, case.v, case.dout))
+    places = [ops.allocate(shape) for shape in (q.shape, (1, 2, 7), q.shape, k.shape, v.shape)]
+    out, lse, dq, dk, dv = places
+    found = ops.flash_attention(q, k, v, out=out, lse=lse, **options)
+    found = *found, *ops.flash_attention_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **options)
+    assert all(given is returned for given, returned in zip(places, found, strict=True))
+    assert_exact(case, [ops.to_host(x) for x in found], roundings=8)  # exp2 and log2 of a GPU are approximate
+    out, lse = ops.flash_attention(q, k, v, **options)
+    again = out, lse, *ops.flash_attention_backward(dout, q, k, v, out, lse, **options)
+    assert [ops.to_host(x).tobytes() for x in again] == [ops.to_host(x).tobytes() for x in found]
+
+
+def test_dense_attention_that_no_kernel_serves_is_named() -> None:
+    ops = backend()
+    x = ops.allocate((1, 3, 2, 48))
+    with pytest.raises(KernelArgumentError, match="head size 48"):
+        ops.flash_attention(x, x, x, scale=1.0)
+    wide = ops.allocate((1, 3, 2, 128))[..., :64]
+    with pytest.raises(KernelArgumentError, match="C-contiguous"):
+        ops.flash_attention(wide, wide, wide, scale=1.0)
+    x = ops.allocate((1, 3, 2, 256))
+    out, lse = ops.allocate((1, 3, 2, 256)), ops.allocate((1, 2, 3))
+    with pytest.raises(KernelArgumentError, match="head size 256"):
+        ops.flash_attention_backward(x, x, x, x, out, lse, scale=1.0)
 
 
 # ---- mistakes

@@ -14,8 +14,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from tinyllm.backends.cpu import CpuBackend
+
 ROOT = Path(__file__).parents[2]
-NAMES = ("beam_blocks", "chunked_prefill", "prefix_caching", "streaming_llm")
+NAMES = ("beam_blocks", "chunked_prefill", "flash_attention", "prefix_caching", "streaming_llm")
 
 Load = Callable[[str], ModuleType]
 
@@ -62,6 +64,8 @@ def test_help_says_what_is_measured_and_how_to_run_it(
         ("chunked_prefill", ["--prompt-tokens", "8e3"], "'8e3'"),
         ("chunked_prefill", ["--running", "512"], "--running"),
         ("chunked_prefill", ["--prompt", "10"], "--prompt"),  # no abbreviations
+        ("flash_attention", ["--lengths", "0"], "--lengths"),
+        ("flash_attention", ["--lengths", "512", "--naive-up-to", "256"], "--naive-up-to"),
         ("prefix_caching", ["--requests", "1"], "--requests"),
         ("streaming_llm", [], "--text"),
         ("streaming_llm", ["--text", "x", "--sinks", "1024"], "--sinks"),
@@ -74,7 +78,8 @@ def test_mistakes_are_named_before_anything_is_loaded(
     name: str, options: list[str], named: str, load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--model", "no/such/model", *options])
+    model = [] if name == "flash_attention" else ["--model", "no/such/model"]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *model, *options])
     with pytest.raises(load("measurement").MistakeError) as mistake:
         load(name).main()
     assert named in str(mistake.value)
@@ -217,6 +222,30 @@ def test_saved_positions_count_for_the_same_inputs_only(load: Load, tmp_path: Pa
     for damaged in ("", "[]", json.dumps({"inputs": inputs}), json.dumps(facts | {"recomputed": {"positions": 1}})):
         path.write_text(damaged)
         assert script.saved_logprobs(path, inputs) == {}
+
+
+def test_naive_attention_is_that_of_the_backend(load: Load) -> None:
+    script = load("flash_attention")
+    inputs = script.random_inputs(70)
+    found, _ = script.run_tiles(CpuBackend(1), inputs)
+    naive, _ = script.run_naive(inputs)
+    assert script.largest_difference(found, naive) < 5e-6
+    broken = (*naive[:3], naive[3] * np.float32(1.001))
+    assert 5e-4 < script.largest_difference(found, broken) < 2e-3
+
+
+def test_memory_of_dense_attention_is_what_the_formula_says(load: Load) -> None:
+    script = load("flash_attention")
+    costs, difference = script.measure(200, 2, 1, with_naive=True)
+    assert difference < 5e-6
+    formula, matrices = script.tiles_nbytes(200, 2), script.naive_nbytes(200)
+    for part in ("forward", "both"):
+        counted, expected = getattr(costs["tiles"].nbytes, part), getattr(formula, part)
+        assert expected <= counted < expected + 20_000  # Python's own
+        assert getattr(costs["naive"].nbytes, part) > getattr(matrices, part)
+    page = script.document({200: costs}, difference, {"threads": 2, "cpu": "a", "numpy": "b"}, "name", "command")
+    assert "(name.svg)" in page
+    assert "| 200 |" in page
 
 
 def test_pictures(load: Load, tmp_path: Path) -> None:

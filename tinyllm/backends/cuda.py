@@ -30,6 +30,7 @@ from cuda_kernels.sampling import MAX_VOCABULARY, sample_tokens
 from cuda_kernels.sampling_rows import ROW_WORDS, SamplingRow, pack_rows
 from tinyllm.backends.base import NO_WINDOW, Batch, F32Array, I32Array, KVCacheSpec, StepRunner
 from tinyllm.backends.cuda_blas import Cublas, DenseWeight, dense_nbytes
+from tinyllm.backends.cuda_flash_attention import CudaFlashAttention
 from tinyllm.backends.cuda_graphs import GraphSteps
 from tinyllm.backends.cuda_staging import Staging, pad_batch
 from tinyllm.backends.cuda_weights import CudaWeight, load_weight, weight_nbytes
@@ -53,7 +54,7 @@ class CudaKVCache:
         return sum(layer.nbytes for layer in self.layers)
 
 
-class CudaBackend:
+class CudaBackend(CudaFlashAttention):
     """The ops of `Backend` on one GPU.
 
     Args:

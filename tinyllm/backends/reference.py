@@ -253,3 +253,57 @@ class ReferenceBackend(HostBackend):
                     out[t, h] = acc / total
                     lse[t, h] = maximum + np.log(total)
         return out, lse
+
+    def flash_attention(
+        self,
+        q: F32Array,
+        k: F32Array,
+        v: F32Array,
+        *,
+        scale: float,
+        causal: bool = True,
+        out: F32Array | None = None,
+        lse: F32Array | None = None,
+    ) -> tuple[F32Array, F32Array]:
+        (N, Q, H, D), (K, KH) = q.shape, k.shape[1:3]
+        out = np.empty((N, Q, H, D), np.float32) if out is None else out
+        lse = np.empty((N, H, Q), np.float32) if lse is None else lse
+        for n, i, h in np.ndindex(N, Q, H):
+            seen = max(0, i + K - Q + 1) if causal else K
+            keys, values = k[n, :seen, h // (H // KH)], v[n, :seen, h // (H // KH)]  # (seen, D)
+            scores = f32(scale) * np.sum(keys * q[n, i, h], axis=1)
+            maximum = scores.max(initial=f32(-np.inf))
+            probs = np.exp(scores - maximum)
+            total = probs.sum()
+            out[n, i, h] = np.sum((probs[:, None] * values).T.copy(), axis=1) / total if seen else 0
+            lse[n, h, i] = maximum + np.log(total) if seen else -np.inf
+        return out, lse
+
+    def flash_attention_backward(
+        self,
+        dout: F32Array,
+        q: F32Array,
+        k: F32Array,
+        v: F32Array,
+        out: F32Array,
+        lse: F32Array,
+        *,
+        scale: float,
+        causal: bool = True,
+        dq: F32Array | None = None,
+        dk: F32Array | None = None,
+        dv: F32Array | None = None,
+    ) -> tuple[F32Array, F32Array, F32Array]:
+        (N, Q, H, _), (K, KH) = q.shape, k.shape[1:3]
+        dq, dk, dv = (np.empty(x.shape, f32) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
+        dk[...] = dv[...] = 0
+        for n, i, h in np.ndindex(N, Q, H):
+            at = (n, slice(max(0, i + K - Q + 1) if causal else K), h // (H // KH))  # the keys that the row sees
+            probs = np.exp(f32(scale) * np.sum(k[at] * q[n, i, h], axis=1) - lse[n, h, i])
+            dprobs = np.sum(v[at] * dout[n, i, h], axis=1)
+            delta = np.sum(dout[n, i, h] * out[n, i, h])  # sum(probs * dprobs)
+            dscores = f32(scale) * probs * (dprobs - delta)
+            dq[n, i, h] = np.sum((dscores[:, None] * k[at]).T.copy(), axis=1)
+            dk[at] += dscores[:, None] * q[n, i, h]
+            dv[at] += probs[:, None] * dout[n, i, h]
+        return dq, dk, dv
