@@ -7,7 +7,8 @@
 
 WORK is a folder that `train_bundled.py prepare` filled. The first form alternates single steps of both, of PyTorch in
 float32 and in bfloat16 (autocast), and notes medians; the second trains PyTorch over all batches of the configuration,
-wherever it is fast; the third compares its held-out losses with those of our log. Each adds to OUT.json.
+wherever it is fast; the third compares its held-out losses with those of our log, and draws both (OUT.svg). Each adds
+to OUT.json.
 """
 
 from __future__ import annotations
@@ -127,6 +128,40 @@ def join(result: dict[str, Any], config: TrainingConfig, log: Path) -> dict[str,
     return result | ratios
 
 
+def draw(result: dict[str, Any], config: TrainingConfig, log: Path, out: Path) -> None:
+    """Losses over tokens: ours in training and held out, PyTorch's held out; the stages by their context."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "training"  # the same names in every file
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    steps = [entry for entry in read(log) if "loss" in entry]
+    tokens = [entry["tokens"] / 1e6 for entry in steps]
+    axes.plot(tokens, [entry["loss"] for entry in steps], lw=0.6, color="#b0b0b0", label="training")
+    curve = [line for line in result["curve"] if "ours" in line]
+    tokens = [line["tokens"] / 1e6 for line in curve]
+    for key, label, style in (
+        ("ours", "held out", {"color": "#0072B2"}),
+        ("ours_averaged", "held out, averaged weights", {"color": "#D55E00"}),
+        ("torch", "PyTorch, held out", {"color": "#0072B2", "marker": "x", "ls": "none"}),
+        ("torch_averaged", "PyTorch, averaged weights", {"color": "#D55E00", "marker": "x", "ls": "none"}),
+    ):
+        axes.plot(tokens, [line[key] for line in curve], label=label, **style)
+    seen = 0
+    for stage in config.stages:
+        axes.axvline(seen / 1e6, color="#999999", lw=0.7, ls=":")
+        axes.text(seen / 1e6, 5.42, f" context {stage.length}", fontsize=8, color="#555555", va="top")
+        seen += stage.steps * stage.tokens
+    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", ylim=(2.8, 5.5), xlim=(0, 1.03 * seen / 1e6))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
+    figure.savefig(out, metadata={"Date": None}, facecolor="white")
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -148,6 +183,7 @@ def main() -> None:
         batches = Batches(config, tokens)
         if options.log is not None:
             result = {"whole_run": join(merged.get("whole_run", {}), config, options.log)}
+            draw(result["whole_run"], config, options.log, options.out.with_suffix(".svg"))
         elif options.whole_run:
             run = whole_run(config, tokens, batches, options.device, options.every)
             result = {"whole_run": machine(options.threads) | run}
