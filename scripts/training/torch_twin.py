@@ -18,7 +18,7 @@ from training.trainer import StepResult
 __all__ = ["TorchTrainer"]
 
 
-class _Model(torch.nn.Module):
+class _Model(torch.nn.Module):  # type: ignore[misc,unused-ignore]  # Any without PyTorch
     def __init__(self, shape: ModelShape, initial: Parameters) -> None:
         super().__init__()
         self.shape = shape
