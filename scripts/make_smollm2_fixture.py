@@ -7,37 +7,20 @@ The oracle is transformers' LlamaForCausalLM in float32 over the weights that th
 are tokenised by llama.cpp, without a BOS token. Each of the 20 prompts is continued greedily by 64 tokens, past any
 end-of-sequence token, and the logits are then computed in one pass over prompt and continuation.
 
-golden.json: {"prompts": [{"text": ..., "token_ids": [...], "greedy_token_ids": [64 ids]}, ...]}
-
-golden.npz, N = 20 prompts, T the positions of all prompts and their continuations, one prompt after another:
-
-    lengths (N,) int32         positions of each prompt: its tokens + 64
-    columns (48,) int32        the vocabulary entries whose logits are kept, ascending
-    margins (N, 64) float32    the greedy token's logit less the second best one, at each step
-    ranges (T,) float32        largest less smallest logit over the whole vocabulary
-    low, step (N,) float64     logits[t, c] = low[n] + step[n] * codes[t, c], to within step / 2
-    codes (T, 48) uint16
-
-Position lengths[n] - 65 of a prompt, its last token's, is the one that predicts the first greedy token. `step` is
-under 2e-5 of the logits' range.
+golden_fixture.py says what the files hold.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import llama_cpp
-import numpy as np
 import torch
 import transformers
-
-FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "smollm2"
-NUM_GREEDY = 64
-NUM_COLUMNS = 48
+from golden_fixture import FIXTURES, write_golden
 
 PROMPTS = [
     "Once upon a time",
@@ -136,55 +119,8 @@ def main() -> None:
     parser.add_argument("gguf", type=Path)
     path = parser.parse_args().gguf
     tokenizer = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-    model = build_oracle(path)
-    columns = np.sort(np.random.default_rng(0).choice(model.config.vocab_size, NUM_COLUMNS, replace=False))
-
-    prompts, margins, ranges, lows, steps, codes = [], [], [], [], [], []
-    for text in PROMPTS:
-        prompt = tokenizer.tokenize(text.encode(), add_bos=False, special=True)
-        with torch.no_grad():
-            ids = torch.tensor([prompt])
-            ids = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=NUM_GREEDY,
-                min_new_tokens=NUM_GREEDY,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-            logits = model(ids, use_cache=False).logits[0].numpy()
-        greedy = ids[0, len(prompt) :].tolist()
-        predictions = logits[len(prompt) - 1 : -1]
-        assert len(greedy) == NUM_GREEDY
-        assert predictions.argmax(axis=1).tolist() == greedy
-        top = np.sort(predictions, axis=1)
-        sample = logits[:, columns].astype(np.float64)
-        step = np.ptp(sample) / 65535
-        prompts.append({"text": text, "token_ids": prompt, "greedy_token_ids": greedy})
-        margins.append(top[:, -1] - top[:, -2])
-        ranges.append(np.ptp(logits, axis=1))
-        lows.append(sample.min())
-        steps.append(step)
-        codes.append(np.rint((sample - sample.min()) / step).astype(np.uint16))
-        print(
-            f"{len(prompt):4} tokens, least margin {margins[-1].min():.4f}, range {np.ptp(logits):.1f}, step {step:.1e}"
-        )
-
-    FIXTURES.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(prompt, ensure_ascii=True) for prompt in prompts)
-    (FIXTURES / "golden.json").write_text(f'{{"prompts": [\n{lines}\n]}}\n')
-    np.savez_compressed(
-        FIXTURES / "golden.npz",
-        lengths=np.array([len(r) for r in ranges], np.int32),
-        columns=columns.astype(np.int32),
-        margins=np.stack(margins).astype(np.float32),
-        ranges=np.concatenate(ranges).astype(np.float32),
-        low=np.array(lows),
-        step=np.array(steps),
-        codes=np.concatenate(codes),
-    )
-    print(f"{sum(f.stat().st_size for f in FIXTURES.iterdir()) / 1024:.0f} KiB")
+    prompts = [(text, tokenizer.tokenize(text.encode(), add_bos=False, special=True)) for text in PROMPTS]
+    write_golden(build_oracle(path), prompts, FIXTURES / "smollm2")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 from tinyllm.backends.base import Batch, F32Array
 from tinyllm.engine.llm_engine import LLMEngine
 from tinyllm.errors import TinyLLMError
-from tinyllm.hub import DEFAULT_MODEL, MODELS, resolve
+from tinyllm.hub import LARGER_MODEL, MODELS, resolve
 from tinyllm.llm import LLM
 from tinyllm.outputs import RequestOutput
 
@@ -57,13 +57,16 @@ class MistakeError(Exception):
 class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong in one line, with the options that every script has."""
 
-    def __init__(self, description: str, output: str) -> None:
+    def __init__(self, description: str, output: str, *, model: bool = True) -> None:
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
-        self.add_argument(
-            "--model", default=DEFAULT_MODEL, help="a registered name, a GGUF file or a folder (default: %(default)s)"
-        )
+        if model:
+            self.add_argument(
+                "--model",
+                default=LARGER_MODEL,
+                help="a registered name, a GGUF file or a folder (default: %(default)s)",
+            )
         self.add_argument("--threads", type=positive_int, help="CPU threads (default: all that may be used)")
         self.add_argument("-o", "--output", default=output, help="what to write, without suffix (default: %(default)s)")
 
@@ -253,5 +256,6 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a PNG on white, so that black text is legible on a dark page too."""
-    figure.savefig(path, dpi=144, facecolor="white")
+    """Writes a PNG or SVG on white, so that black text is legible on a dark page too."""
+    metadata = {"Date": None} if path.suffix == ".svg" else None  # the same picture, the same file
+    figure.savefig(path, dpi=144, facecolor="white", metadata=metadata)

@@ -122,7 +122,8 @@ def export_model(options: argparse.Namespace) -> None:
     state = checkpoint.load(saved, config.digest(), Trainer.size(config))
     if state.step != config.steps and not options.unfinished:
         raise ConfigError(f"{saved} is at step {state.step} of {config.steps}; --unfinished exports it all the same")
-    export.write_folder(options.out, config.model, state.average, tokenizer, options.positions)
+    positions = options.positions or max(stage.length for stage in config.stages)
+    export.write_folder(options.out, config.model, state.average, tokenizer, positions)
     for path in sorted(options.out.iterdir()):
         print(f"{path}: {path.stat().st_size:,} bytes")
 
@@ -155,7 +156,7 @@ def main() -> None:
     )
     exports = command("export", export_model)
     exports.add_argument("--out", type=Path, required=True, help="folder of the model")
-    exports.add_argument("--positions", type=_positive, default=2048, help="the longest context (%(default)s)")
+    exports.add_argument("--positions", type=_positive, help="the longest context (that of the longest stage)")
     exports.add_argument("--unfinished", action="store_true", help="export a run that has not ended")
     options = parser.parse_args()
     try:

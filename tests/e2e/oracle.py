@@ -1,35 +1,29 @@
-"""An independent float32 forward of a llama GGUF: the `gguf` package's reader and dequantisation, naive numpy, BLAS.
+"""An independent float32 forward of a llama: read by the `gguf` or `safetensors` package, naive numpy, BLAS.
 
-It shares no code with what it judges: the whole sequence at once, no cache, interleaved RoPE as the file stores Q, K.
+It shares no code with what it judges: the whole sequence at once, no cache, interleaved RoPE as a GGUF stores Q, K.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
+import ml_dtypes  # noqa: F401  (numpy's bfloat16)
 import numpy as np
+from safetensors.numpy import load_file
 
 
 class LlamaOracle:
-    """Dequantised weights of a llama GGUF with tied embeddings, in memory."""
+    """Float32 weights of a llama with tied embeddings, by a GGUF's names and with its order of rows in Q and K."""
 
-    def __init__(self, path: Path) -> None:
-        reader = gguf.GGUFReader(path)
-        self.weights = {
-            t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors
-        }
-
-        def field(name: str) -> float:
-            value = reader.fields[f"llama.{name}"].contents()
-            assert isinstance(value, (int, float))
-            return value
-
-        self.num_layers = int(field("block_count"))
-        self.num_heads = int(field("attention.head_count"))
-        self.num_kv_heads = int(field("attention.head_count_kv"))
-        self.eps = np.float32(field("attention.layer_norm_rms_epsilon"))
-        self.theta = field("rope.freq_base")
+    def __init__(
+        self, weights: dict[str, np.ndarray], *, num_layers: int, num_heads: int, num_kv_heads: int, eps: float,
+        theta: float,
+    ) -> None:  # fmt: skip
+        self.weights = weights
+        self.num_layers, self.num_heads, self.num_kv_heads = num_layers, num_heads, num_kv_heads
+        self.eps, self.theta = np.float32(eps), theta
 
     def norm(self, x: np.ndarray, name: str) -> np.ndarray:
         return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.weights[name]
@@ -63,3 +57,41 @@ class LlamaOracle:
             gate = y @ w[p + "ffn_gate.weight"].T
             x = x + (gate / (1 + np.exp(-gate)) * (y @ w[p + "ffn_up.weight"].T)) @ w[p + "ffn_down.weight"].T
         return self.norm(x, "output_norm.weight") @ w["token_embd.weight"].T
+
+
+def gguf_oracle(path: Path) -> LlamaOracle:
+    reader = gguf.GGUFReader(path)
+
+    def field(name: str) -> float:
+        value = reader.fields[f"llama.{name}"].contents()
+        assert isinstance(value, (int, float))
+        return value
+
+    return LlamaOracle(
+        {t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors},
+        num_layers=int(field("block_count")),
+        num_heads=int(field("attention.head_count")),
+        num_kv_heads=int(field("attention.head_count_kv")),
+        eps=field("attention.layer_norm_rms_epsilon"),
+        theta=field("rope.freq_base"),
+    )
+
+
+def folder_oracle(folder: Path) -> LlamaOracle:
+    config = json.loads((folder / "config.json").read_text())
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    weights = {}
+    for name, stored in load_file(folder / "model.safetensors").items():
+        values = stored.astype(np.float32)
+        if (n := heads.get(name.split(".")[-2])) is not None:  # the file pairs halves of a head
+            values = values.reshape(n, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        weights[str(names.get_name(name, try_suffixes=(".weight",)))] = values
+    return LlamaOracle(
+        weights,
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        eps=config["rms_norm_eps"],
+        theta=config["rope_theta"],
+    )

@@ -250,9 +250,9 @@ def test_the_reference_beyond_its_first_split() -> None:
 # ---- a real model
 
 
-def test_smollm2(smollm2_path: Path) -> None:
+def test_a_real_model(real_model: Path) -> None:
     """A sample of the product, over kernels of other sizes."""
-    setting = FileSetting(path=smollm2_path, prompt_len=50, new_tokens=3)
+    setting = FileSetting(path=real_model, prompt_len=50, new_tokens=3)
     chosen = [
         Combination(7, preempt=True, stride=3),
         Combination(16, fork=True),
@@ -269,8 +269,8 @@ def test_smollm2(smollm2_path: Path) -> None:
     assert not failures, "\n".join(failures[:10])
 
 
-def test_smollm2_beyond_the_first_split(smollm2_path: Path) -> None:
-    setting = FileSetting(path=smollm2_path, prompt_len=258, new_tokens=1)
+def test_a_real_model_beyond_the_first_split(real_model: Path) -> None:
+    setting = FileSetting(path=real_model, prompt_len=258, new_tokens=1)
     chosen = [Combination(48, fork=True), Combination(ALL, warm=True), Combination(100, restore=True, split=33)]
     assert run(setting, chosen, batch=4, block_size=16, threads=2) == []
 

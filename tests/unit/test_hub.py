@@ -93,12 +93,16 @@ DELIVER = "dest.mkdir()\nshutil.copy(next((folder / 'links').glob('*.whl')), des
 
 
 def test_registered_models_are_complete() -> None:
-    assert hub.DEFAULT_MODEL in MODELS
+    assert next(iter(MODELS)) == hub.DEFAULT_MODEL
+    assert hub.LARGER_MODEL in MODELS
     for name, model in MODELS.items():
         assert name == model.name == name.lower()
+        assert model.nbytes > 0
+        if name == hub.DEFAULT_MODEL:
+            continue
+        assert isinstance(model, RegisteredModel)
         assert len(bytes.fromhex(model.sha256)) == len(bytes.fromhex(model.wheel_sha256)) == 32
         assert "==" in model.requirement
-        assert model.nbytes > 0
         assert model.path.name.startswith(name)
 
 
@@ -110,6 +114,15 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYLLM_CACHE", "")
     assert models_folder().name == "models"
     assert "tinyllm" in models_folder().parts
+
+
+def test_the_default_model_is_part_of_the_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path))
+    use_fake_pip(monkeypatch, tmp_path, "sys.exit(1)")
+    folder = resolve(hub.DEFAULT_MODEL)
+    assert folder == resolve("Tales-4M") == pull("tales-4m") == ROOT / "weights" / "bundled"
+    assert (folder / "model.safetensors").is_file()
+    assert list(tmp_path.iterdir()) == [tmp_path / "fake_pip.py"]
 
 
 # ---- downloads that succeed
@@ -351,13 +364,15 @@ def test_unknown_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ModelNotFoundError) as caught:
         resolve(name)
     message = str(caught.value)
-    assert "smollm2-135m-instruct" in message
+    assert "tales-4m, smollm2-135m-instruct" in message
     assert message.isprintable()
     assert len(message) < 500
 
 
 def test_pull_knows_registered_names_only() -> None:
-    with pytest.raises(ModelNotFoundError, match="no registered model 'org/name'; there are: smollm2-135m-instruct"):
+    with pytest.raises(
+        ModelNotFoundError, match="no registered model 'org/name'; there are: tales-4m, smollm2-135m-instruct"
+    ):
         pull("org/name")
 
 

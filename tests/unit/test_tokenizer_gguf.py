@@ -37,6 +37,7 @@ def assert_same_ids(made: Tokenizer, texts: list[str], expected: list[list[int]]
 # -- llama.cpp's ids ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.network
 def test_smollm2_has_llama_cpps_ids(smollm2_path: Path) -> None:
     with open_checkpoint(smollm2_path) as checkpoint:
         made = tokenizer(dict(checkpoint.metadata))

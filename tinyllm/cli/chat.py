@@ -14,6 +14,7 @@ from tinyllm.cli import console, options
 from tinyllm.cli.console import UsageError
 from tinyllm.cli.stats import StreamStats
 from tinyllm.errors import InvalidRequestError, TinyLLMError
+from tinyllm.hub import LARGER_MODEL
 
 if TYPE_CHECKING:
     from tinyllm.llm import LLM
@@ -27,7 +28,7 @@ examples:
   tinyllm chat --system "Answer in one sentence." --temperature 0
   printf 'What is a prime number?\\nName three.\\n' | tinyllm chat
 
-Each line is a message. Commands:
+Without --model, it is SmolLM2, which is downloaded once (93 MB). Each line is a message. Commands:
   /reset         forget the conversation
   /system TEXT   set the system message (nothing: remove it) and forget the conversation
   /help          list these
@@ -47,7 +48,7 @@ def add_parser(commands: Any) -> None:
         description="A conversation with an instruction-tuned model; its history is kept.",
         epilog=_EPILOG,
     )
-    options.add_model_option(parser)
+    options.add_model_option(parser, default=LARGER_MODEL)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     options.add_sampling_options(parser, max_tokens=512)
     options.add_engine_options(parser)

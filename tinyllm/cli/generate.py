@@ -22,11 +22,14 @@ __all__ = ["add_parser"]
 _EPILOG = """\
 examples:
   tinyllm generate "Once upon a time"
-  tinyllm generate --temperature 0 --max-tokens 20 "The capital of France is"
+  tinyllm generate --model smollm2-135m-instruct --temperature 0 --max-tokens 20 "The capital of France is"
   echo "Once upon a time" | tinyllm generate --n 2
-  tinyllm generate --beams 4 "The capital of France is"
+  tinyllm generate --beams 4 "The old king had three sons, and"
   tinyllm generate --sinks 4 --window 1020 --max-tokens 100000 --ignore-eos "Once upon a time"
   tinyllm generate --input prompts.jsonl --json > answers.jsonl
+
+Without --model, tales-4m writes: a small model that comes with tinyllm and knows nothing but tales. The name
+smollm2-135m-instruct brings a larger one, once (93 MB).
 
 Without a prompt, or for "-", the prompt is all of stdin less one trailing newline. A prompt that starts with a
 dash goes after "--". Several prompts run as one batch; each one's text follows a line "==> prompt 1/3: ... <==".
@@ -54,7 +57,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help='text to continue; "-" reads stdin')
     parser.add_argument("--input", "-i", metavar="FILE", help='prompts from a JSONL file ("-": stdin)')
     options.add_model_option(parser)
-    options.add_sampling_options(parser, max_tokens=128)
+    options.add_sampling_options(parser, max_tokens=200, temperature=0.7, top_p=0.9)
     options.add_search_options(parser)
     options.add_engine_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tinyllm.cli import console
 from tinyllm.cli.console import UsageError
 from tinyllm.errors import ConfigError, InvalidRequestError
-from tinyllm.hub import DEFAULT_MODEL
+from tinyllm.hub import DEFAULT_MODEL, LARGER_MODEL
 
 if TYPE_CHECKING:
     from tinyllm.llm import LLM
@@ -28,6 +28,10 @@ __all__ = [
     "naming_options",
     "sampling_params",
 ]
+
+_HINTS = {  # default model -> what else there is
+    DEFAULT_MODEL: f", a small story model; for a larger one: --model {LARGER_MODEL} (93 MB, downloaded once)"
+}
 
 _ENGINE_OPTIONS = {  # field of EngineConfig -> option
     "device": "--device",
@@ -63,14 +67,15 @@ _SAMPLING_OPTIONS = {  # field of SamplingParams -> option
 }
 
 
-def add_model_option(parser: argparse.ArgumentParser) -> None:
+def add_model_option(parser: argparse.ArgumentParser, default: str = DEFAULT_MODEL) -> None:
     parser.add_argument(
         "--model",
         "-m",
         metavar="MODEL",
         help="a name that `tinyllm pull --list` shows, a .gguf file, a Hugging Face folder, or a hub id org/name "
-        f"(default: {DEFAULT_MODEL})",
+        f"(default: {default})",
     )
+    parser.set_defaults(default_model=default)
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +119,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+def add_sampling_options(
+    parser: argparse.ArgumentParser, *, max_tokens: int, temperature: float = 0.8, top_p: float = 0.95
+) -> None:
     group = parser.add_argument_group("sampling")
     add = group.add_argument
     add(
@@ -128,10 +135,16 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) ->
         "--temperature",
         type=float,
         metavar="X",
-        default=0.8,
-        help="0 always takes the likeliest token (default: 0.8)",
+        default=temperature,
+        help=f"0 always takes the likeliest token (default: {temperature})",
     )
-    add("--top-p", type=float, metavar="X", default=0.95, help="sample within this probability mass (default: 0.95)")
+    add(
+        "--top-p",
+        type=float,
+        metavar="X",
+        default=top_p,
+        help=f"sample within this probability mass (default: {top_p})",
+    )
     add("--top-k", type=int, metavar="N", default=40, help="sample among the N likeliest tokens (default: 40; 0: all)")
     add(
         "--min-p",
@@ -253,8 +266,8 @@ def model_name(args: argparse.Namespace) -> str:
     """The model named on the command line, or the default one, with a line that says so."""
     if args.model is not None:
         return str(args.model)
-    console.notice(f"no --model given: using {DEFAULT_MODEL}")
-    return DEFAULT_MODEL
+    console.notice(f"no --model given: using {args.default_model}{_HINTS.get(args.default_model, '')}")
+    return str(args.default_model)
 
 
 def load_llm(args: argparse.Namespace) -> LLM:

@@ -16,7 +16,8 @@ examples:
   tinyllm pull smollm2-135m-instruct
 
 The file's SHA-256 digest is pinned and checked, for a model that is here already too; an interrupted download leaves
-nothing behind. TINYLLM_CACHE names another folder than the user's cache folder. Prints the path of the file.
+nothing behind. TINYLLM_CACHE names another folder than the user's cache folder. Prints the path of the file; that of
+tales-4m, which comes with tinyllm, is a folder inside the installation.
 """
 
 
@@ -42,7 +43,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     width = max(map(len, hub.MODELS))
     for name, model in hub.MODELS.items():
-        where = str(model.path) if model.is_cached() else "not downloaded"
         size = console.format_bytes(model.nbytes)
-        console.write(f"{name:<{width}}  {size:>9}  {model.license}  {model.description}  [{where}]\n")
+        console.write(f"{name:<{width}}  {size:>9}  {model.license}  {model.description}  [{model.where}]\n")
     return 0

@@ -18,7 +18,8 @@ __all__ = ["add_parser"]
 
 _EPILOG = """\
 examples:
-  tinyllm score "The capital of France is Paris."
+  tinyllm score "Once upon a time there was a king."
+  tinyllm score --model smollm2-135m-instruct "The capital of France is Paris."
   tinyllm score --file chapter.txt --json
 
 Prints one line a token: its natural log-probability given the tokens before it ("-" for the first, which nothing

@@ -31,6 +31,7 @@ from numba.core import compiler
 from numba.core.caching import NullCache
 from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from tinyllm.backends.cpu_kernels.simd import load_arguments
@@ -88,7 +89,7 @@ class _DiskCache(NullCache):  # type: ignore[misc]
         return cache_folder() / f"{self._name}-{overload}.bin"
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        target_context.refresh()
+        rtsys.initialize(target_context)  # of numba's library, all that compiled code calls
         try:
             content = self.path(sig).read_bytes()
             if hashlib.sha256(content[32:]).digest() == content[:32]:
