@@ -155,7 +155,7 @@ def draw(result: dict[str, Any], config: TrainingConfig, log: Path, out: Path) -
         axes.text(seen / 1e6, 5.42, f" context {stage.length}", fontsize=8, color="#555555", va="top")
         seen += stage.steps * stage.tokens
     axes.set(
-        xlabel="tokens seen (millions)", ylabel="loss (nats per token)", ylim=(2.8, 5.5), xlim=(0, 1.03 * seen / 1e6)
+        xlabel="tokens seen (millions)", ylabel="loss (nats per token)", ylim=(2.6, 5.5), xlim=(0, 1.03 * seen / 1e6)
     )
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
