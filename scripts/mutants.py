@@ -57,6 +57,7 @@ ENGINE_FILE = "tinyllm/engine/llm_engine.py"
 REFERENCE = "tinyllm/backends/reference.py"
 DENSE_OP = "tinyllm/backends/cpu_flash_attention.py"
 DENSE_KERNELS = "tinyllm/backends/cpu_kernels/flash_attention.py"
+ONLINE_SOFTMAX = "tinyllm/backends/cpu_kernels/online_softmax.py"
 
 MUTANTS = (
     Mutant(
@@ -393,14 +394,14 @@ MUTANTS = (
     ),
     Mutant(
         "dense attention: the accumulator is not rescaled",
-        DENSE_KERNELS,
+        ONLINE_SOFTMAX,
         "load(acc + 4 * d) * keep)",
         "load(acc + 4 * d))",
         DENSE,
     ),
     Mutant(
         "dense attention: the sum is not rescaled",
-        DENSE_KERNELS,
+        ONLINE_SOFTMAX,
         "        total = total * keep\n",
         "",
         DENSE,

@@ -35,6 +35,7 @@ from numba import types
 
 from tinyllm.backends.base import SPLIT_KEYS
 from tinyllm.backends.cpu_kernels.jit import Kernel, device
+from tinyllm.backends.cpu_kernels.online_softmax import TILE_KEYS, softmax_row, start_row
 from tinyllm.backends.cpu_kernels.simd import (
     F32,
     VF,
@@ -50,14 +51,11 @@ from tinyllm.backends.cpu_kernels.simd import (
     emit_splat,
     fma,
     instruction,
-    iota_mask,
-    lane_max,
     lane_sum,
     load,
     load_f32,
     load_i32,
     load_i64,
-    maximum,
     pointer,
     splat,
     store,
@@ -65,12 +63,11 @@ from tinyllm.backends.cpu_kernels.simd import (
     store_first,
     zeros,
 )
-from tinyllm.backends.cpu_kernels.vmath import exp, exp_scalar, tanh
+from tinyllm.backends.cpu_kernels.vmath import exp_scalar
 
 __all__ = ["NO_WINDOW", "AttentionKernels", "attention_kernels", "partial_nbytes", "query_tile", "scratch_nbytes"]
 
 NO_WINDOW = 1 << 40  # of a layer without a window: more than any sequence's
-_TILE_KEYS = 64
 _ROW_TILE = 8 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 4  # rows that share loads of K and V
 _QUERY_ROWS = 32  # rows (tokens x heads of one KV head) of a task, about
 _ITEM_NBYTES = {"f32": 4, "f16": 2, "bf16": 2}
@@ -91,7 +88,7 @@ def _padded_rows(heads_per_kv_head: int) -> int:
 def scratch_nbytes(heads_per_kv_head: int, head_dim: int) -> int:
     """Bytes that a worker needs, as `scratch_parts` divides them."""
     padded = -(-head_dim // 16) * 16
-    per_row = 128 + 4 * (_TILE_KEYS + 2 * padded + head_dim)
+    per_row = 128 + 4 * (TILE_KEYS + 2 * padded + head_dim)
     return -(-_padded_rows(heads_per_kv_head) * per_row // 64) * 64
 
 
@@ -141,7 +138,7 @@ def _scratch_parts(scratch: int, heads: int, head_dim: int) -> tuple[int, int, i
     rows = (max(1, _QUERY_ROWS // heads) * heads + _ROW_TILE - 1) // _ROW_TILE * _ROW_TILE
     padded = (head_dim + 15) // 16 * 16
     scores = scratch + 128 * rows
-    accs = scores + 4 * _TILE_KEYS * rows
+    accs = scores + 4 * TILE_KEYS * rows
     total_accs = accs + 4 * padded * rows
     return scratch, scores, accs, total_accs, total_accs + 4 * padded * rows
 
@@ -213,41 +210,6 @@ def attention_kernels(dtype: str) -> AttentionKernels:
     values_of_tile, values_of_row = _row_tile(_ROW_TILE, dtype, False), _row_tile(1, dtype, False)
 
     @device
-    def softmax_row(
-        row_scores: int, tile: int, first: int, end: int, scale: float, cap: float, state: int, acc: int, padded: int
-    ) -> None:
-        """Turns the scores of keys first <= j < end of a tile into exp(score - m), and the others into 0.
-
-        state: m, then l as sixteen lanes (64 bytes further). Rescales l and acc where m grows.
-        """
-        old_m = load_f32(state)
-        top = splat(old_m)
-        for at in range(0, _TILE_KEYS, 16):
-            key = tile + at
-            values = splat(-math.inf)
-            if key + 16 > first and key < end:
-                values = load(row_scores + 4 * at) * splat(scale)
-                if cap > 0.0:
-                    values = splat(cap) * tanh(values / splat(cap))
-                if key < first or key + 16 > end:
-                    values = iota_mask(values, first - key, end - key)
-                top = maximum(values, top)
-            store(row_scores + 4 * at, values)
-        new_m = lane_max(top)
-        total = load(state + 64)
-        if new_m != old_m:
-            keep = splat(exp_scalar(old_m - new_m))
-            total = total * keep
-            for d in range(0, padded, 16):
-                store(acc + 4 * d, load(acc + 4 * d) * keep)
-            store_f32(state, new_m)
-        for at in range(0, _TILE_KEYS, 16):
-            probs = exp(load(row_scores + 4 * at) - splat(new_m))
-            store(row_scores + 4 * at, probs)
-            total = total + probs
-        store(state + 64, total)
-
-    @device
     def accumulate(
         shared: bool, probs: int, tile: int, first: int, end: int, v: int, v_block_stride: int, table: int,
         block_size: int, acc: int, padded: int,
@@ -262,9 +224,9 @@ def attention_kernels(dtype: str) -> AttentionKernels:
             for d in range(0, padded, 16):
                 at, stride = values + d * item, padded * item
                 if shared:
-                    values_of_tile(weights, 4 * _TILE_KEYS, at, stride, run, acc + 4 * d, 4 * padded)
+                    values_of_tile(weights, 4 * TILE_KEYS, at, stride, run, acc + 4 * d, 4 * padded)
                 else:
-                    values_of_row(weights, 4 * _TILE_KEYS, at, stride, run, acc + 4 * d, 4 * padded)
+                    values_of_row(weights, 4 * TILE_KEYS, at, stride, run, acc + 4 * d, 4 * padded)
             key += run
 
     @device
@@ -277,14 +239,13 @@ def attention_kernels(dtype: str) -> AttentionKernels:
         padded = (head_dim + 15) // 16 * 16
         states, all_scores, accs, _, q = _scratch_parts(scratch, heads, head_dim)
         for r in range(rows):
-            store_f32(states + 128 * r, -math.inf)
-            store(states + 128 * r + 64, zeros())
+            start_row(states + 128 * r)
             for d in range(0, padded, 16):
                 store(accs + 4 * (r * padded + d), zeros())
         start = max(first_key, _lowest_key(position, window, sinks))
         stop = min(end_key, position + (rows - 1) // heads + 1)
-        for tile in range(start // _TILE_KEYS * _TILE_KEYS, stop, _TILE_KEYS):
-            end_of_tile = min(tile + _TILE_KEYS, end_key)
+        for tile in range(start // TILE_KEYS * TILE_KEYS, stop, TILE_KEYS):
+            end_of_tile = min(tile + TILE_KEYS, end_key)
             for r0 in range(0, rows, _ROW_TILE):
                 n = min(_ROW_TILE, rows - r0)
                 lowest_position, highest_position = position + r0 // heads, position + (r0 + n - 1) // heads
@@ -292,21 +253,21 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                 end = min(end_of_tile, highest_position + 1)
                 if first >= end:
                     continue
-                row_scores, acc = all_scores + 4 * r0 * _TILE_KEYS, accs + 4 * r0 * padded
+                row_scores, acc = all_scores + 4 * r0 * TILE_KEYS, accs + 4 * r0 * padded
                 for key in range(first // 16 * 16, end, 16):
                     block = k + load_i32(table + 4 * (key // block_size)) * k_block_stride
                     keys = block + key % block_size * head_dim * item
                     q_rows, score = q + 4 * r0 * head_dim, row_scores + 4 * (key - tile)
                     if n == 1:
-                        scores_of_row(q_rows, 4 * head_dim, keys, 16 * item, head_dim, score, 4 * _TILE_KEYS)
+                        scores_of_row(q_rows, 4 * head_dim, keys, 16 * item, head_dim, score, 4 * TILE_KEYS)
                     else:
-                        scores_of_tile(q_rows, 4 * head_dim, keys, 16 * item, head_dim, score, 4 * _TILE_KEYS)
+                        scores_of_tile(q_rows, 4 * head_dim, keys, 16 * item, head_dim, score, 4 * TILE_KEYS)
                 for r in range(n):
                     p = position + (r0 + r) // heads
                     row_first, row_end = max(tile, _lowest_key(p, window, sinks)), min(end_of_tile, p + 1)
                     if row_first < row_end:
                         softmax_row(
-                            row_scores + 4 * r * _TILE_KEYS, tile, row_first, row_end, scale, cap,
+                            row_scores + 4 * r * TILE_KEYS, tile, row_first, row_end, scale, cap,
                             states + 128 * (r0 + r), acc + 4 * r * padded, padded,
                         )  # fmt: skip
                 same_keys = _lowest_key(highest_position, window, sinks) <= first and lowest_position + 1 >= end
@@ -317,7 +278,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                         p = position + (r0 + r) // heads
                         row_first, row_end = max(tile, _lowest_key(p, window, sinks)), min(end_of_tile, p + 1)
                         accumulate(
-                            False, row_scores + 4 * r * _TILE_KEYS, tile, row_first, row_end, v, v_block_stride, table,
+                            False, row_scores + 4 * r * TILE_KEYS, tile, row_first, row_end, v, v_block_stride, table,
                             block_size, acc + 4 * r * padded, padded,
                         )  # fmt: skip
 

@@ -40,6 +40,7 @@ import llvmlite.binding
 from numba import types
 
 from tinyllm.backends.cpu_kernels.jit import device, kernel
+from tinyllm.backends.cpu_kernels.online_softmax import TILE_KEYS, softmax_row, start_row
 from tinyllm.backends.cpu_kernels.simd import (
     F32,
     VF,
@@ -54,19 +55,17 @@ from tinyllm.backends.cpu_kernels.simd import (
     fma,
     instruction,
     iota_mask,
-    lane_max,
     lane_sum,
     load,
     load_f32,
     load_i64,
-    maximum,
     pointer,
     splat,
     store,
     store_f32,
     zeros,
 )
-from tinyllm.backends.cpu_kernels.vmath import exp, exp_scalar
+from tinyllm.backends.cpu_kernels.vmath import exp
 
 __all__ = [
     "TILE",
@@ -79,7 +78,7 @@ __all__ = [
     "transposed_nbytes",
 ]
 
-TILE = 64  # queries and keys of a tile
+TILE = TILE_KEYS  # keys of a tile, and its queries
 _PITCH = 4 * TILE + 64  # bytes of a row of scores; one cache line more than it holds
 _WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 _ROWS, _VECTORS = (8, 2) if _WIDE else (4, 1)  # what one product keeps in registers
@@ -206,37 +205,6 @@ def transpose_tiles(
                 store_f32(target + d * _PITCH + 4 * j, 0.0)
 
 
-@device
-def _softmax_row(scores: int, visible: int, scale: float, state: int, acc: int, head_dim: int) -> None:
-    """Turns the first `visible` scores of a row into exp(score - m), the others into 0.
-
-    state: m, then sixteen lanes whose sum is l, 64 bytes further. Rescales l and acc where m grows.
-    """
-    old_m = load_f32(state)
-    top = splat(old_m)
-    for j in range(0, TILE, 16):
-        values = splat(-math.inf)
-        if j < visible:
-            values = load(scores + 4 * j) * splat(scale)
-            if j + 16 > visible:
-                values = iota_mask(values, 0, visible - j)
-            top = maximum(values, top)
-        store(scores + 4 * j, values)
-    new_m = lane_max(top)
-    total = load(state + 64)
-    if new_m != old_m:
-        keep = splat(exp_scalar(old_m - new_m))
-        total = total * keep
-        for d in range(0, head_dim, 16):
-            store(acc + 4 * d, load(acc + 4 * d) * keep)
-        store_f32(state, new_m)
-    for j in range(0, TILE, 16):
-        probs = exp(load(scores + 4 * j) - splat(new_m))
-        store(scores + 4 * j, probs)
-        total = total + probs
-    store(state + 64, total)
-
-
 @kernel
 def flash_attention(
     worker: int, begin: int, end: int, arrays: int, keys: int, lse: int, queries: int, length: int, heads: int,
@@ -257,8 +225,7 @@ def flash_attention(
         values = _row_of(arrays, 1, n, 0, h // group)
         _clear(acc, rows * acc_pitch)
         for r in range(rows):
-            store_f32(states + 128 * r, -math.inf)
-            store(states + 128 * r + 64, zeros())
+            start_row(states + 128 * r)
         stop = min(length, first + rows + shift)  # keys that the last row sees
         for key in range(0, stop, TILE):
             n_keys = min(TILE, stop - key)
@@ -268,7 +235,7 @@ def flash_attention(
                 visible = min(n_keys, first + r + shift + 1 - key)
                 if visible > 0:
                     row_acc = acc + r * acc_pitch
-                    _softmax_row(scores + r * _PITCH, visible, scale, states + 128 * r, row_acc, head_dim)
+                    softmax_row(scores + r * _PITCH, 0, 0, visible, scale, 0.0, states + 128 * r, row_acc, head_dim)
                 else:
                     _clear(scores + r * _PITCH, _PITCH)
             _multiply_add(scores, _PITCH, 4, values + key * v_row, v_row, n_keys, acc, acc_pitch, rows, head_dim)

@@ -1,0 +1,66 @@
+"""The online softmax of one row over a tile of keys (arXiv:1805.02867), for paged and for dense attention."""
+
+from __future__ import annotations
+
+import math
+
+from tinyllm.backends.cpu_kernels.jit import device
+from tinyllm.backends.cpu_kernels.simd import (
+    iota_mask,
+    lane_max,
+    load,
+    load_f32,
+    maximum,
+    splat,
+    store,
+    store_f32,
+    zeros,
+)
+from tinyllm.backends.cpu_kernels.vmath import exp, exp_scalar, tanh
+
+__all__ = ["TILE_KEYS", "softmax_row", "start_row"]
+
+TILE_KEYS = 64  # keys whose scores are exponentiated together
+
+
+@device
+def start_row(state: int) -> None:
+    """state, 128 bytes: m, and 64 bytes further sixteen lanes whose sum is l."""
+    store_f32(state, -math.inf)
+    store(state + 64, zeros())
+
+
+@device
+def softmax_row(
+    scores: int, tile: int, first: int, end: int, scale: float, cap: float, state: int, acc: int, columns: int
+) -> None:
+    """Turns the scores of keys first <= j < end of the tile at key `tile` into exp(score - m), the others into 0.
+
+    Scores are scaled first, then capped where cap > 0. Where m grows, l and acc (columns,) are rescaled.
+    """
+    old_m = load_f32(state)
+    top = splat(old_m)
+    for at in range(0, TILE_KEYS, 16):
+        key = tile + at
+        values = splat(-math.inf)
+        if key + 16 > first and key < end:
+            values = load(scores + 4 * at) * splat(scale)
+            if cap > 0.0:
+                values = splat(cap) * tanh(values / splat(cap))
+            if key < first or key + 16 > end:
+                values = iota_mask(values, first - key, end - key)
+            top = maximum(values, top)
+        store(scores + 4 * at, values)
+    new_m = lane_max(top)
+    total = load(state + 64)
+    if new_m != old_m:
+        keep = splat(exp_scalar(old_m - new_m))
+        total = total * keep
+        for d in range(0, columns, 16):
+            store(acc + 4 * d, load(acc + 4 * d) * keep)
+        store_f32(state, new_m)
+    for at in range(0, TILE_KEYS, 16):
+        probs = exp(load(scores + 4 * at) - splat(new_m))
+        store(scores + 4 * at, probs)
+        total = total + probs
+    store(state + 64, total)
