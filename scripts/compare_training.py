@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ for _name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # numpy's BLAS; PyTor
     os.environ[_name] = "1"
 
 import numpy as np  # noqa: E402
+from measurement import cpu_name  # noqa: E402
 
 from training.config import ConfigError, TrainingConfig  # noqa: E402
 from training.data import Batches, load_tokens, validation_windows  # noqa: E402
@@ -38,18 +38,7 @@ CONFIG = Path(__file__).parent / "training" / "bundled.json"
 def machine(threads: int) -> dict[str, Any]:
     import torch
 
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(), "threads": threads, "numpy": np.__version__,
-        "torch": torch.__version__,
-    }  # fmt: skip
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    return {"cpu": cpu_name(), "threads": threads, "numpy": np.__version__, "torch": torch.__version__}
 
 
 def throughput(config: TrainingConfig, batches: Batches, steps: int, threads: int) -> dict[str, Any]:

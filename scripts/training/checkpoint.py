@@ -14,6 +14,8 @@ from training.config import ConfigError
 
 __all__ = ["State", "load", "save"]
 
+_ARRAYS = ("parameters", "first_moment", "second_moment", "average")
+
 
 @dataclass
 class State:
@@ -30,8 +32,7 @@ class State:
         return cls(0, parameters, np.zeros_like(parameters), np.zeros_like(parameters), parameters.copy())
 
     def arrays(self) -> dict[str, F32Array]:
-        names = ("parameters", "first_moment", "second_moment", "average")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _ARRAYS}
 
 
 def save(path: Path, state: State, run: str) -> None:
@@ -52,7 +53,7 @@ def load(path: Path, run: str, size: int) -> State:
             header = json.loads(content["header"].tobytes())
             if header["run"] != run:
                 raise ConfigError(f"{path} belongs to another configuration; name another --work folder, or remove it")
-            arrays = {name: content[name] for name in ("parameters", "first_moment", "second_moment", "average")}
+            arrays = {name: content[name] for name in _ARRAYS}
             step = int(header["step"])
     except ConfigError:
         raise
