@@ -33,7 +33,7 @@ def test_compiled_kernels_are_kept_and_checked(tmp_path):
     notices, first = run_script(tmp_path)
     assert len(notices) == 1  # however many functions were compiled
     files = sorted(tmp_path.glob("kernels/*/*.bin"))
-    assert {"rows.rms_norm", "threads.run_job"} <= {f.name.rpartition("-")[0] for f in files}
+    assert {"rows.rms_norm", "threads.run_jobs"} <= {f.name.rpartition("-")[0] for f in files}
     assert run_script(tmp_path) == ([], first)
     for file in files:  # cut short, altered, emptied
         content = bytearray(file.read_bytes())

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from tinyllm.backends.base import SPLIT_KEYS, Batch, F32Array, I32Array, KVCacheSpec
 from tinyllm.backends.cpu_flash_attention import CpuFlashAttention
 from tinyllm.backends.cpu_kernels import attention, rows
-from tinyllm.backends.cpu_kernels.formats import PACKED
 from tinyllm.backends.cpu_kernels.jit import Kernel, address_of
 from tinyllm.backends.cpu_kernels.kv_cache import KVLayer, PagedKVCache, allocate, cache_nbytes, read, write_kernel
-from tinyllm.backends.cpu_kernels.linear import FEW_ROWS, block_sums, linear_kernels, worker_nbytes
 from tinyllm.backends.cpu_kernels.memory import aligned_zeros
 from tinyllm.backends.cpu_kernels.packing import PackedWeight, pack_matrix, packed_nbytes
-from tinyllm.backends.cpu_kernels.threads import ThreadPool
+from tinyllm.backends.cpu_kernels.threads import JOB, ThreadPool
+from tinyllm.backends.cpu_linear import CpuLinear, digits_of
+from tinyllm.backends.cpu_program import Program, ProgramSteps, StagedBatches
 from tinyllm.backends.host import HostBackend
 from weights import Tensor
 
@@ -48,24 +48,34 @@ def _print_compiling(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-class CpuBackend(CpuFlashAttention, HostBackend):
+class CpuBackend(CpuLinear, CpuFlashAttention, HostBackend):
     """The ops of `Backend` on the threads of this process.
 
     Args:
         num_threads: worker threads; None means as many as the CPUs that this process may use.
+        activations: "f32" or "int8"; see tinyllm.config.EngineConfig.
         on_compile: called with one line, at most once, before a kernel is compiled; prints to stderr by default.
     """
 
     name = "cpu"
 
-    def __init__(self, num_threads: int | None = None, on_compile: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        num_threads: int | None = None,
+        on_compile: Callable[[str], None] | None = None,
+        activations: str = "f32",
+    ) -> None:
         self.num_threads = num_threads or _available_cpus()
+        self.digits = digits_of(activations)
         self._report = on_compile or _print_compiling
         self._reported = False
-        self._params = bytearray(8 * 64)  # the arguments of the kernel that runs
-        self._params_address = int(np.frombuffer(self._params, np.uint8).ctypes.data)
+        self._job = np.zeros(JOB + 64, np.int64)  # the kernel that runs, and its arguments
+        self._job_address = int(self._job.ctypes.data)
         self._scratch = aligned_zeros(0)
         self._scratch_address = int(self._scratch.ctypes.data)
+        self._scratch_generation = 0
+        self._program: Program | None = None  # that ops are recorded into
+        self._staged = StagedBatches()
 
     @cached_property
     def _address_of(self) -> Callable[[NDArray[Any]], int]:
@@ -84,12 +94,35 @@ class CpuBackend(CpuFlashAttention, HostBackend):
         """Runs a kernel over its tasks; `work` is about the number of elements that it touches."""
         if kernel.address == 0:
             kernel.build(self._on_compile)
-        kernel.pack_into(self._params, 0, *arguments)
-        if work < _PARALLEL_WORK or self.num_threads == 1 or tasks == 1:
-            self._threads.run_here(kernel.address, self._params_address, tasks)
-        else:
+        chunk = 0
+        if work >= _PARALLEL_WORK and self.num_threads > 1 and tasks > 1:
             chunk = max(1, tasks // (8 * self.num_threads))
-            self._threads.run(kernel.address, self._params_address, tasks, chunk)
+        if self._program is not None:
+            self._program.add(kernel, tasks, chunk, arguments)
+            return
+        self._job[:JOB] = kernel.address, self._job_address + 8 * JOB, tasks, chunk
+        kernel.pack_into(self._job, 8 * JOB, *arguments)
+        self._threads.run(self._job_address, 1, parallel=chunk > 0)
+
+    def _record(self, step: Callable[[], None]) -> Program:
+        """What a step's ops would do."""
+        while True:
+            generation = self._scratch_generation
+            self._program = program = Program()
+            try:
+                step()
+            finally:
+                self._program = None
+            if self._scratch_generation == generation:
+                return program
+
+    def step_runner(self) -> ProgramSteps:
+        return ProgramSteps(
+            self._record, lambda program: program.run(self._threads), lambda: self._scratch_generation
+        )
+
+    def stage(self, batch: Batch) -> Batch:
+        return self._staged.stage(batch)
 
     def _reserve(self, nbytes: int) -> int:
         """The address of scratch memory of at least nbytes."""
@@ -97,6 +130,7 @@ class CpuBackend(CpuFlashAttention, HostBackend):
             self._scratch = aligned_zeros(0)  # the old memory goes before the new is reserved
             self._scratch = aligned_zeros(nbytes)
             self._scratch_address = int(self._scratch.ctypes.data)
+            self._scratch_generation += 1
         return self._scratch_address
 
     # ---- memory
@@ -124,61 +158,6 @@ class CpuBackend(CpuFlashAttention, HostBackend):
         return max(linear, workers + partials * attention.partial_nbytes(heads, head_dim))
 
     # ---- ops
-
-    def embedding(self, token_ids: I32Array, weight: PackedWeight, *, out: F32Array | None = None) -> F32Array:
-        address = self._address_of
-        T, M = token_ids.shape[0], weight.shape[1]
-        out = np.empty((T, M), np.float32) if out is None else out
-        assert out.shape == (T, M) and out.flags.c_contiguous and token_ids.flags.c_contiguous
-        assert T == 0 or (token_ids.min() >= 0 and token_ids.max() < weight.shape[0])
-        for part in weight.parts:
-            self._run(
-                linear_kernels(part.dtype).embedding, T, 16 * T * M, address(token_ids), part.address,
-                part.group_nbytes, part.first_row, part.rows, M, address(out), 4 * M,
-            )  # fmt: skip
-        return out
-
-    def _linear_scratch(self, rows: int, in_features: int) -> tuple[int, int]:
-        """Total bytes of scratch, and bytes of one worker, whose parts come first."""
-        worker = worker_nbytes(in_features)
-        sums = 4 * rows * (in_features // 32) if rows > FEW_ROWS else 0
-        return self.num_threads * worker + sums, worker
-
-    def linear(
-        self, x: F32Array, weight: PackedWeight, bias: F32Array | None = None, *, out: F32Array | None = None
-    ) -> F32Array:
-        address = self._address_of
-        T, in_features = x.shape
-        out_features = weight.shape[0]
-        out = np.empty((T, out_features), np.float32) if out is None else out
-        assert in_features == weight.shape[1] and out.shape == (T, out_features)
-        if x.shape[0] == 0:  # numpy gives empty arrays strides of 0
-            return out
-        assert x.strides[1] == 4 and out.strides[1] == 4 and (bias is None or bias.shape == (out_features,))
-        scratch_nbytes, worker_nbytes = self._linear_scratch(T, in_features)
-        scratch = self._reserve(scratch_nbytes)
-        x_address, out_address = address(x), address(out)
-        bias_address = 0 if bias is None else address(bias)
-        sums = scratch + self.num_threads * worker_nbytes
-        x_stride, out_stride = x.strides[0], out.strides[0]
-        summed = False
-        for part in weight.parts:
-            kernels = linear_kernels(part.dtype)
-            first = 4 * part.first_row
-            arguments = (
-                part.address, part.group_nbytes, x_address, x_stride, T, in_features, part.rows,
-                bias_address and bias_address + first, out_address + first, out_stride, scratch, worker_nbytes,
-            )  # fmt: skip
-            groups, work = -(-part.rows // 16), T * in_features * part.rows
-            if T > FEW_ROWS:
-                if not summed and PACKED[part.dtype].has_minimum:
-                    steps = in_features // 32
-                    self._run(block_sums, T, T * in_features, x_address, x_stride, steps, sums)
-                    summed = True
-                self._run(kernels.many_rows, groups, work, *arguments, sums)
-            else:
-                self._run(kernels.one_row if T == 1 else kernels.few_rows, groups, work, *arguments)
-        return out
 
     def rms_norm(self, x: F32Array, weight: F32Array, eps: float, *, out: F32Array | None = None) -> F32Array:
         address = self._address_of
@@ -234,6 +213,17 @@ class CpuBackend(CpuFlashAttention, HostBackend):
             rows.rope, T, 2 * T * heads * half, address(q), q.strides[0], q.strides[1], q.shape[1],
             address(k), k.strides[0], k.strides[1], k.shape[1], address(cos), address(sin), half,
         )  # fmt: skip
+
+    def add(self, x: F32Array, y: F32Array) -> None:
+        T, M = x.shape
+        assert y.shape == x.shape and (T == 0 or x.strides[1] == y.strides[1] == 4)
+        address = self._address_of
+        self._run(rows.add, T, T * M, address(x), x.strides[0], address(y), y.strides[0], M)
+
+    def scale(self, x: F32Array, factor: float) -> None:
+        T, M = x.shape
+        assert T == 0 or x.strides[1] == 4
+        self._run(rows.scale, T, T * M, self._address_of(x), x.strides[0], M, factor)
 
     def _gated(self, kernel: Kernel, x: F32Array, columns: int, out: F32Array | None) -> F32Array:
         address = self._address_of

@@ -7,18 +7,18 @@ interleaved unit by unit, so that one load brings the same unit of all rows. Not
     packed group:   | d of rows 0 .. 15 | m of rows 0 .. 15 | word 0 of rows 0 .. 15 | word 1 of rows 0 .. 15 | ...
     groups:         [group][block][unit][16 rows]
 
-Nibbles and bits travel in words of 32 bits: a shift and a mask unpack a value of all rows, with no shuffling. The last
-group is padded with rows of zeros. F32, F16 and BF16 have one unit per value: [group][k][16 rows].
+Integers travel in words of 32 bits: a shift and a mask unpack four values of all rows, one in each byte, with no
+shuffling. The last group is padded with rows of zeros. F32, F16 and BF16 have one unit per value: [group][k][16 rows].
 
-A kernel walks k in steps of `step` values that share a scale: value = d * q, or d * q + m, with q an integer that
-float32 holds exactly. `unpack` yields them with k ascending, the order of every sum over k.
+A kernel walks k in steps of `step` values that share a scale: value = d * q, or d * q + m, with q = code - offset and
+code an unsigned byte. `unpack` yields four codes at a time with k ascending.
 Format reference: the GGUF specification and ggml's block definitions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llvmlite import ir
 
@@ -41,25 +41,56 @@ from weights.quants import FORMATS
 __all__ = ["PACKED", "PackedFormat", "Step"]
 
 Quant = tuple[int, Value]  # offset of k within the step, q of the sixteen rows as float32
+Word = tuple[int, Value]  # the same of the first of four codes, one in each byte of sixteen int32
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one group: `quants` emits instructions as it is consumed, so that each q is used at once."""
+    """One step of one group; the iterators emit instructions as they are consumed, so that each value is used at once.
 
-    scale: Value | None  # d of the sixteen rows; None means 1
-    minimum: Value | None  # m of the sixteen rows; None means 0
-    quants: Iterator[Quant]
+    Attributes:
+        scale: d of the sixteen rows; None means 1.
+        minimum: m of the sixteen rows; None means 0.
+        words: the codes; none of a dense format.
+        offset: what a code exceeds its integer by.
+        dense: the values of a dense format.
+    """
+
+    scale: Value | None
+    minimum: Value | None
+    words: Iterator[Word]
+    offset: int = 0
+    dense: Iterator[Quant] | None = None
+
+    def quants(self, b: Builder) -> Iterator[Quant]:
+        """q of every k, ascending, as float32, which holds it exactly."""
+        if self.dense is not None:
+            yield from self.dense
+            return
+        for k, word in self.words:
+            for i in range(4):
+                code = _bits(b, word, 8 * i, 255)
+                q = b.sub(code, const_vec(V32, self.offset)) if self.offset else code
+                yield k + i, b.sitofp(q, VF)
 
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """name; fields: (unit bytes, units) in file order; step: values sharing a scale; has_minimum: value = d q + m."""
+    """How one format is packed.
+
+    Attributes:
+        fields: (unit bytes, units) in file order.
+        step: values that share a scale.
+        has_minimum: value = d q + m.
+        offset: what a code exceeds its integer by; bits: of a code.
+    """
 
     name: str
     fields: tuple[tuple[int, int], ...]
     step: int
     has_minimum: bool = False
+    offset: int = 0
+    bits: int = 4
 
     @property
     def dense(self) -> bool:
@@ -86,7 +117,8 @@ class PackedFormat:
         per_block = self.steps_per_block
         shift = const(per_block.bit_length() - 1)
         block = b.add(group, b.mul(b.lshr(step, shift), const(self.group_block_nbytes)))
-        return _UNPACK[self.name](b, block, b.and_(step, const(per_block - 1)))
+        unpacked = _UNPACK[self.name](b, block, b.and_(step, const(per_block - 1)))
+        return replace(unpacked, offset=self.offset)
 
 
 def _half(b: Builder, block: Value, offset: int) -> Value:
@@ -111,11 +143,9 @@ def _unsigned(b: Builder, x: Value) -> Value:
 
 
 def _bits(b: Builder, words: Value, shift: int, mask: int) -> Value:
-    """(words >> shift) & mask; a negative shift goes left."""
+    """(words >> shift) & mask"""
     if shift > 0:
         words = b.lshr(words, const_vec(V32, shift))
-    elif shift < 0:
-        words = b.shl(words, const_vec(V32, -shift))
     return b.and_(words, const_vec(V32, mask))
 
 
@@ -124,50 +154,55 @@ def _shifted(b: Builder, words: Value, shift: Value) -> Value:
     return b.lshr(words, emit_splat(b, b.trunc(shift, ir.IntType(32)), V32))
 
 
-def _nibbles(b: Builder, block: Value, offset: int) -> Iterator[Quant]:
-    """The low nibbles of sixteen bytes, then the high ones, as integers."""
-    for k in range(32):
-        yield k, _bits(b, _words(b, block, offset + k % 16 // 4 * 4), k % 4 * 8 + k // 16 * 4, 15)
+def _nibbles(b: Builder, block: Value, offset: int) -> Iterator[Word]:
+    """The low nibbles of sixteen bytes, then the high ones."""
+    for k in range(0, 32, 4):
+        yield k, _bits(b, _words(b, block, offset + k % 16), k // 16 * 4, 0x0F0F0F0F)
 
 
 def _dense(b: Builder, address: Value, form: PackedFormat) -> Step:
     dtype = form.name.lower()
     stride = form.group_block_nbytes
-    return Step(None, None, ((k, emit_load_values(b, address, dtype, stride * k)) for k in range(form.step)))
+    values = ((k, emit_load_values(b, address, dtype, stride * k)) for k in range(form.step))
+    return Step(None, None, iter(()), dense=values)
 
 
 def _q8_0(b: Builder, block: Value, step: Value) -> Step:
-    """| d | 32 int8 |"""
-    return Step(_half(b, block, 0), None, ((k, _signed(b, _bytes(b, block, 2 + k))) for k in range(32)))
+    """| d | 32 int8 |, here as code - 128"""
+    sign = const_vec(V32, 0x80808080)
+    return Step(_half(b, block, 0), None, ((k, b.xor(_words(b, block, 2 + k), sign)) for k in range(0, 32, 4)))
 
 
 def _q4_0(b: Builder, block: Value, step: Value) -> Step:
     """| d | 16 bytes: k low, k + 16 high |, q - 8"""
-    eight = const_vec(V32, 8)
-    return Step(_half(b, block, 0), None, ((k, b.sitofp(b.sub(q, eight), VF)) for k, q in _nibbles(b, block, 2)))
+    return Step(_half(b, block, 0), None, _nibbles(b, block, 2))
 
 
 def _q4_1(b: Builder, block: Value, step: Value) -> Step:
     """| d | m | 16 bytes: k low, k + 16 high |"""
-    return Step(_half(b, block, 0), _half(b, block, 2), ((k, b.sitofp(q, VF)) for k, q in _nibbles(b, block, 4)))
+    return Step(_half(b, block, 0), _half(b, block, 2), _nibbles(b, block, 4))
 
 
-def _q5(b: Builder, block: Value, offset: int) -> Iterator[Quant]:
-    """| uint32: bit k is bit 4 of value k | 16 bytes: k low, k + 16 high |"""
+def _q5(b: Builder, block: Value, offset: int) -> Iterator[Word]:
+    """| uint32: bit k is bit 4 of value k | 16 bytes: k low, k + 16 high |
+
+    A product spreads four bits over four bytes: bit i, times 2**(4 + 7 i), is bit 4 of byte i.
+    """
     bits = _words(b, block, offset)
-    for k, q in _nibbles(b, block, offset + 4):
-        yield k, b.or_(q, _bits(b, bits, k - 4, 16))
+    spread = const_vec(V32, 1 << 4 | 1 << 11 | 1 << 18 | 1 << 25)
+    for k, codes in _nibbles(b, block, offset + 4):
+        upper = b.and_(b.mul(_bits(b, bits, k, 15), spread), const_vec(V32, 0x10101010))
+        yield k, b.or_(codes, upper)
 
 
 def _q5_0(b: Builder, block: Value, step: Value) -> Step:
     """| d | bits and bytes of _q5 |, q - 16"""
-    sixteen = const_vec(V32, 16)
-    return Step(_half(b, block, 0), None, ((k, b.sitofp(b.sub(q, sixteen), VF)) for k, q in _q5(b, block, 2)))
+    return Step(_half(b, block, 0), None, _q5(b, block, 2))
 
 
 def _q5_1(b: Builder, block: Value, step: Value) -> Step:
     """| d | m | bits and bytes of _q5 |"""
-    return Step(_half(b, block, 0), _half(b, block, 2), ((k, b.sitofp(q, VF)) for k, q in _q5(b, block, 4)))
+    return Step(_half(b, block, 0), _half(b, block, 2), _q5(b, block, 4))
 
 
 def _k_scales(b: Builder, block: Value, step: Value) -> tuple[Value, Value]:
@@ -192,32 +227,30 @@ def _k_scales(b: Builder, block: Value, step: Value) -> tuple[Value, Value]:
     return d, b.fneg(b.fmul(_half(b, block, 2), _unsigned(b, minimum)))
 
 
-def _k_nibbles(b: Builder, block: Value, offset: int, step: Value) -> Iterator[Quant]:
+def _k_nibbles(b: Builder, block: Value, offset: int, step: Value) -> Iterator[Word]:
     """Sub-block `step`: the low nibbles of 32 bytes are one sub-block, the high nibbles the next."""
     at = b.add(block, b.mul(b.lshr(step, const(1)), const(32 * LANES)))
     shift = b.mul(b.and_(step, const(1)), const(4))
     for k in range(0, 32, 4):
-        words = _shifted(b, _words(b, at, offset + k), shift)
-        for i in range(4):
-            yield k + i, _bits(b, words, 8 * i, 15)
+        yield k, _bits(b, _shifted(b, _words(b, at, offset + k), shift), 0, 0x0F0F0F0F)
 
 
 def _q4_k(b: Builder, block: Value, step: Value) -> Step:
     """| d | dmin | 12 bytes of scales and mins | 4 x 32 bytes: two sub-blocks of nibbles each |"""
     d, m = _k_scales(b, block, step)
-    return Step(d, m, ((k, b.sitofp(q, VF)) for k, q in _k_nibbles(b, block, 16, step)))
+    return Step(d, m, _k_nibbles(b, block, 16, step))
 
 
 def _q5_k(b: Builder, block: Value, step: Value) -> Step:
     """| d | dmin | 12 bytes of scales and mins | 32 bytes: bit j of byte k is bit 4 of sub-block j | as Q4_K's |"""
     d, m = _k_scales(b, block, step)
 
-    def quants() -> Iterator[Quant]:
-        for k, q in _k_nibbles(b, block, 48, step):
-            bits = _shifted(b, _words(b, block, 16 + k // 4 * 4), step)
-            yield k, b.sitofp(b.or_(q, _bits(b, bits, k % 4 * 8 - 4, 16)), VF)
+    def words() -> Iterator[Word]:
+        for k, codes in _k_nibbles(b, block, 48, step):
+            bits = _bits(b, _shifted(b, _words(b, block, 16 + k), step), 0, 0x01010101)
+            yield k, b.or_(codes, b.shl(bits, const_vec(V32, 4)))
 
-    return Step(d, m, quants())
+    return Step(d, m, words())
 
 
 def _q6_k(b: Builder, block: Value, step: Value) -> Step:
@@ -233,16 +266,14 @@ def _q6_k(b: Builder, block: Value, step: Value) -> Step:
     low, high = (b.add(block, b.mul(at, const(LANES))) for at in (low_at, high_at))
     low_shift, high_shift = b.mul(b.lshr(quarter, const(1)), const(4)), b.mul(quarter, const(2))
 
-    def quants() -> Iterator[Quant]:
+    def words() -> Iterator[Word]:
         for k in range(0, 16, 4):
-            nibbles = _shifted(b, _words(b, low, k), low_shift)
-            pairs = _shifted(b, _words(b, high, 128 + k), high_shift)
-            for i in range(4):
-                q = b.or_(_bits(b, nibbles, 8 * i, 15), _bits(b, pairs, 8 * i - 4, 48))
-                yield k + i, b.sitofp(b.sub(q, const_vec(V32, 32)), VF)
+            nibbles = _bits(b, _shifted(b, _words(b, low, k), low_shift), 0, 0x0F0F0F0F)
+            pairs = _bits(b, _shifted(b, _words(b, high, 128 + k), high_shift), 0, 0x03030303)
+            yield k, b.or_(nibbles, b.shl(pairs, const_vec(V32, 4)))
 
     scale = _signed(b, _bytes(b, b.add(block, b.mul(step, const(LANES))), 192))
-    return Step(b.fmul(_half(b, block, 208), scale), None, quants())
+    return Step(b.fmul(_half(b, block, 208), scale), None, words())
 
 
 _UNPACK = {
@@ -262,13 +293,13 @@ PACKED: dict[str, PackedFormat] = {
         PackedFormat("F32", ((4, 1),), 32),
         PackedFormat("F16", ((2, 1),), 32),
         PackedFormat("BF16", ((2, 1),), 32),
-        PackedFormat("Q8_0", ((2, 1), (1, 32)), 32),
-        PackedFormat("Q4_0", ((2, 1), (4, 4)), 32),
+        PackedFormat("Q8_0", ((2, 1), (4, 8)), 32, offset=128, bits=8),
+        PackedFormat("Q4_0", ((2, 1), (4, 4)), 32, offset=8),
         PackedFormat("Q4_1", ((2, 2), (4, 4)), 32, has_minimum=True),
-        PackedFormat("Q5_0", ((2, 1), (4, 5)), 32),
-        PackedFormat("Q5_1", ((2, 2), (4, 5)), 32, has_minimum=True),
+        PackedFormat("Q5_0", ((2, 1), (4, 5)), 32, offset=16, bits=5),
+        PackedFormat("Q5_1", ((2, 2), (4, 5)), 32, has_minimum=True, bits=5),
         PackedFormat("Q4_K", ((2, 2), (1, 12), (4, 32)), 32, has_minimum=True),
-        PackedFormat("Q5_K", ((2, 2), (1, 12), (4, 40)), 32, has_minimum=True),
-        PackedFormat("Q6_K", ((4, 48), (1, 16), (2, 1)), 16),
+        PackedFormat("Q5_K", ((2, 2), (1, 12), (4, 40)), 32, has_minimum=True, bits=5),
+        PackedFormat("Q6_K", ((4, 48), (1, 16), (2, 1)), 16, offset=32, bits=6),
     )
 }

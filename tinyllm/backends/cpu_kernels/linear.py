@@ -23,6 +23,7 @@ from numba import types
 
 from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
 from tinyllm.backends.cpu_kernels.jit import Kernel, device, kernel
+from tinyllm.backends.cpu_kernels.linear_rows import MAX_TILE, STAGING_NBYTES, finish_rows, row_offsets
 from tinyllm.backends.cpu_kernels.simd import (
     F32,
     I32,
@@ -39,20 +40,17 @@ from tinyllm.backends.cpu_kernels.simd import (
     instruction,
     lane_sum,
     load,
-    load_first,
     load_i32,
     pointer,
     store_f32,
-    store_first,
 )
 
 __all__ = ["FEW_ROWS", "LinearKernels", "block_sums", "linear_kernels", "worker_nbytes"]
 
 _WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))  # one register holds 16 lanes, and there are 32
 _FEW_TILE = 8 if _WIDE else 4  # rows whose sums stay in registers beside the unpacking
-_MANY_TILE = 12 if _WIDE else 6
+_MANY_TILE = MAX_TILE if _WIDE else 6
 FEW_ROWS = _FEW_TILE  # beyond this many rows, many_rows is faster
-_STAGING_NBYTES = 64 * max(_FEW_TILE, _MANY_TILE)
 
 i64 = types.int64
 
@@ -61,16 +59,10 @@ def worker_nbytes(in_features: int) -> int:
     """Bytes of scratch that a worker needs: a tile of results, and an unpacked group of any format or its sums."""
     unpacked = 64 * (in_features + 2 * -(-in_features // 16))
     sums = 4 * FEW_ROWS * (in_features // 32)
-    return _STAGING_NBYTES + max(unpacked, -(-sums // 64) * 64)
+    return STAGING_NBYTES + max(unpacked, -(-sums // 64) * 64)
 
 
 # ---- the inner loops
-
-
-def _row_offsets(b: Builder, tile: int, stride: Value, rows: Value) -> list[Value]:
-    """Byte offsets of the tile's rows; those past the last repeat it, and their results go unused."""
-    last = b.sub(rows, const(1))
-    return [b.mul(b.select(b.icmp_signed("<", const(t), last), const(t), last), stride) for t in range(tile)]
 
 
 def _accumulate(b: Builder, q: Value, x: list[Value], offset: Value | int, parts: list[Value]) -> list[Value]:
@@ -103,14 +95,14 @@ def _packed_tile(form: PackedFormat, tile: int) -> Callable[..., None]:
         steps: Value, tail: Value, result: Value,
     ) -> None:  # fmt: skip
         zero = const_vec(VF, 0.0)
-        x_rows = [b.add(x, offset) for offset in _row_offsets(b, tile, x_stride, rows)]
-        sum_rows = [b.add(sums, offset) for offset in _row_offsets(b, tile, sums_stride, rows)]
+        x_rows = [b.add(x, offset) for offset in row_offsets(b, tile, x_stride, rows)]
+        sum_rows = [b.add(sums, offset) for offset in row_offsets(b, tile, sums_stride, rows)]
 
         def one_step(i: Value, accs: list[Value]) -> list[Value]:
             step = form.unpack(b, group, i)
             x_step = [b.add(at, b.mul(i, const(4 * form.step))) for at in x_rows]
             parts = [zero] * tile
-            for k, q in step.quants:
+            for k, q in step.quants(b):
                 parts = _accumulate(b, q, x_step, 4 * k, parts)
             step_sums = [b.add(at, b.mul(i, const(4))) for at in sum_rows]
             return _close_step(b, step.scale, step.minimum, step_sums, parts, accs)
@@ -141,8 +133,8 @@ def _unpacked_tile(
     zero = const_vec(VF, 0.0)
     tile = _MANY_TILE
     unroll = 4
-    x_rows = [b.add(x, offset) for offset in _row_offsets(b, tile, x_stride, rows)]
-    sum_rows = [b.add(sums, offset) for offset in _row_offsets(b, tile, sums_stride, rows)]
+    x_rows = [b.add(x, offset) for offset in row_offsets(b, tile, x_stride, rows)]
+    sum_rows = [b.add(sums, offset) for offset in row_offsets(b, tile, sums_stride, rows)]
     step_nbytes = b.mul(b.add(step, const(2)), const(64))
     scale_at = b.mul(step, const(64))
     with_minimum = b.icmp_signed("!=", has_minimum, const(0))
@@ -202,7 +194,7 @@ def _unpack_group(form: PackedFormat) -> Callable[..., None]:
         def one_step(i: Value, _state: list[Value]) -> list[Value]:
             step = form.unpack(b, group, i)
             at = b.add(out, b.mul(i, const(step_nbytes)))
-            for k, q in step.quants:
+            for k, q in step.quants(b):
                 b.store(q, pointer(b, at, VF, 64 * k), align=4)
             for slot, value, default in ((0, step.scale, 1.0), (1, step.minimum, 0.0)):
                 value = const_vec(VF, default) if value is None else value
@@ -235,7 +227,7 @@ def _row_of_group(form: PackedFormat) -> Callable[..., None]:
             step = form.unpack(b, group, i)
             at = b.add(out, b.mul(i, const(4 * form.step)))
             d, m = (None if v is None else b.extract_element(v, lane32) for v in (step.scale, step.minimum))
-            for k, q in step.quants:
+            for k, q in step.quants(b):
                 value = b.extract_element(q, lane32)
                 value = value if d is None else b.fmul(d, value)
                 value = value if m is None else b.fadd(value, m)
@@ -274,17 +266,6 @@ def block_sums(worker: int, begin: int, end: int, x: int, x_stride: int, steps: 
         _sums_of_row(x + row * x_stride, steps, sums + row * 4 * steps)
 
 
-@device
-def _finish(result: int, rows: int, lanes: int, bias: int, out: int, out_stride: int) -> None:
-    """out[t][0 : lanes] = result[t][0 : lanes] + bias"""
-    for t in range(rows):
-        values = load(result + 64 * t)
-        at = out + t * out_stride
-        if bias != 0:
-            values = values + load_first(bias, lanes)
-        store_first(at, values, lanes)
-
-
 @dataclass(frozen=True)
 class LinearKernels:
     """The kernels of one format. A task of the first three is a group of sixteen outputs, of `embedding` a token."""
@@ -306,21 +287,18 @@ def _packed_kernel(form: PackedFormat, tile: int, name: str) -> Kernel:
         steps = in_features // step_size
         tail = in_features - steps * step_size
         result = scratch + worker * scratch_stride
-        sums = result + _STAGING_NBYTES
+        sums = result + STAGING_NBYTES
         if has_minimum:
             for row in range(rows):
                 _sums_of_row(x + row * x_stride, steps, sums + row * 4 * steps)
         for group in range(begin, end):
-            first = 16 * group
-            lanes = min(16, out_features - first)
             for row in range(0, rows, tile):
                 packed_tile(
                     weight + group * group_nbytes, x + row * x_stride, x_stride, rows - row,
                     sums + row * 4 * steps, 4 * steps, steps, tail, result,
                 )  # fmt: skip
-                group_bias = bias + 4 * first if bias != 0 else 0
-                group_out = out + row * out_stride + 4 * first
-                _finish(result, min(tile, rows - row), lanes, group_bias, group_out, out_stride)
+                n, at = min(tile, rows - row), out + row * out_stride
+                finish_rows(result, n, group, out_features, bias, at, out_stride)
 
     return Kernel(f"linear.{name}-{form.name}", packed)
 
@@ -337,19 +315,16 @@ def _unpacked_kernel(form: PackedFormat) -> Kernel:
         steps = in_features // step_size
         tail = in_features - steps * step_size
         result = scratch + worker * scratch_stride
-        values = result + _STAGING_NBYTES
+        values = result + STAGING_NBYTES
         for group in range(begin, end):
-            first = 16 * group
-            lanes = min(16, out_features - first)
             unpack_group(weight + group * group_nbytes, steps, tail, values)
             for row in range(0, rows, _MANY_TILE):
                 _unpacked_tile(
                     values, x + row * x_stride, x_stride, rows - row, sums + row * 4 * steps, 4 * steps,
                     steps, step_size, has_minimum, tail, result,
                 )  # fmt: skip
-                group_bias = bias + 4 * first if bias != 0 else 0
-                group_out = out + row * out_stride + 4 * first
-                _finish(result, min(_MANY_TILE, rows - row), lanes, group_bias, group_out, out_stride)
+                at, n = out + row * out_stride, min(_MANY_TILE, rows - row)
+                finish_rows(result, n, group, out_features, bias, at, out_stride)
 
     return Kernel(f"linear.many_rows-{form.name}", unpacked)
 

@@ -17,7 +17,29 @@ from tinyllm.backends.cpu_kernels.simd import (
 )
 from tinyllm.backends.cpu_kernels.vmath import gelu, silu, tanh
 
-__all__ = ["add_rms_norm", "gelu_mul", "gelu_rows", "layer_norm", "rms_norm", "rope", "silu_mul", "softcap"]
+__all__ = [
+    "add", "add_rms_norm", "gelu_mul", "gelu_rows", "layer_norm", "rms_norm", "rope", "scale", "silu_mul", "softcap",
+]  # fmt: skip
+
+
+@kernel
+def add(worker: int, begin: int, end: int, x: int, x_stride: int, y: int, y_stride: int, columns: int) -> None:
+    """x += y"""
+    for row in range(begin, end):
+        target, source = x + row * x_stride, y + row * y_stride
+        for i in range(0, columns, 16):
+            lanes = columns - i
+            store_first(target + 4 * i, load_first(target + 4 * i, lanes) + load_first(source + 4 * i, lanes), lanes)
+
+
+@kernel
+def scale(worker: int, begin: int, end: int, x: int, x_stride: int, columns: int, factor: float) -> None:
+    """x *= factor"""
+    for row in range(begin, end):
+        target = x + row * x_stride
+        for i in range(0, columns, 16):
+            lanes = columns - i
+            store_first(target + 4 * i, load_first(target + 4 * i, lanes) * splat(factor), lanes)
 
 
 @device

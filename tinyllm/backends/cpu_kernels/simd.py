@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import platform
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -20,8 +21,8 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 __all__ = [
     "LANES", "Vec", "atomic_add", "atomic_load", "atomic_store", "call_task", "compare_exchange", "copy_floats", "fma",
     "instruction", "iota_mask", "lane_max", "lane_sum", "load", "load_arguments", "load_f32", "load_first", "load_i32",
-    "load_i64", "load_u8", "load_u16", "load_u32", "maximum", "splat", "sqrt", "sqrt_lanes", "store", "store_f32",
-    "store_first", "store_i64", "store_u8", "store_u16", "store_u32", "zeros",
+    "load_i64", "load_u8", "load_u16", "load_u32", "maximum", "pause", "splat", "sqrt", "sqrt_lanes", "store",
+    "store_f32", "store_first", "store_i64", "store_u8", "store_u16", "store_u32", "zeros",
 ]  # fmt: skip
 
 LANES = 16
@@ -183,25 +184,23 @@ def _maximum(b: Builder, x: Value, y: Value) -> Value:
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
-def _reduce(combine: Callable[[Builder, Value, Value], Value]) -> Callable[[Builder, Value], Value]:
+def emit_reduce(b: Builder, x: Value, combine: Callable[[Builder, Value, Value], Value]) -> Value:
     """((v0 o v8) o (v4 o v12)) o ... : a tree that halves the lanes, always in the same order."""
-
-    def emit(b: Builder, x: Value) -> Value:
-        width = LANES
-        while width > 1:
-            width //= 2
-            kind = ir.VectorType(I32, width)
-            low = b.shuffle_vector(x, x, ir.Constant(kind, list(range(width))))
-            high = b.shuffle_vector(x, x, ir.Constant(kind, list(range(width, 2 * width))))
-            x = combine(b, low, high)
-        return b.extract_element(x, ir.Constant(I32, 0))
-
-    return emit
+    width = LANES
+    while width > 1:
+        width //= 2
+        kind = ir.VectorType(I32, width)
+        low = b.shuffle_vector(x, x, ir.Constant(kind, list(range(width))))
+        high = b.shuffle_vector(x, x, ir.Constant(kind, list(range(width, 2 * width))))
+        x = combine(b, low, high)
+    return b.extract_element(x, ir.Constant(I32, 0))
 
 
 maximum: Callable[[Vec, Vec], Vec] = instruction(vec, vec, vec)(_maximum)
-lane_sum: Callable[[Vec], float] = instruction(f32, vec)(_reduce(lambda b, x, y: b.fadd(x, y)))
-lane_max: Callable[[Vec], float] = instruction(f32, vec)(_reduce(_maximum))
+lane_sum: Callable[[Vec], float] = instruction(f32, vec)(
+    lambda b, x: emit_reduce(b, x, lambda b, x, y: b.fadd(x, y))
+)
+lane_max: Callable[[Vec], float] = instruction(f32, vec)(lambda b, x: emit_reduce(b, x, _maximum))
 
 
 @instruction(vec, vec, i64, i64)
@@ -366,6 +365,16 @@ def compare_exchange(b: Builder, address: Value, expected: Value, value: Value) 
     """Stores value where the int64 is still `expected`, and says whether it was."""
     pair = b.cmpxchg(pointer(b, address, I64), expected, value, "seq_cst", "seq_cst")
     return b.extract_value(pair, 1)
+
+
+@instruction(types.void)
+def pause(b: Builder) -> None:
+    """Tells the core that this thread spins, where there is such an instruction."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        function = b.module.globals.get("llvm.x86.sse2.pause")
+        if function is None:
+            function = ir.Function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause")
+        b.call(function, [])
 
 
 @instruction(types.void, i64, i64, i64, i64, i64)

@@ -1,7 +1,10 @@
-"""Runs kernels on the calling thread and on helpers that claim tasks beside it.
+"""Runs lists of kernels on the calling thread and on helpers that claim tasks beside it.
 
 The caller never waits for a helper to begin, only for tasks that a helper has claimed: on a machine that is busy with
 other things, a helper that does not get a core delays nothing. (OpenMP's barrier waits for every thread.)
+
+A job is four int64: | kernel | params | tasks | chunk |; `chunk` tasks are claimed at once, 0 means that the caller
+does them all. The next job of a list begins when all tasks of the one before are done.
 
 State, int64 each on a cache line of its own:
 
@@ -32,13 +35,18 @@ from tinyllm.backends.cpu_kernels.simd import (
     atomic_store,
     call_task,
     compare_exchange,
+    load_i64,
+    pause,
 )
 
-__all__ = ["ThreadPool"]
+__all__ = ["JOB", "ThreadPool"]
+
+JOB = 4  # int64 of a job
 
 _LINE = 64
 _TICKET, _DONE, _KERNEL, _PARAMS, _CHUNK, _STOP, _HELPERS = (_LINE * i for i in range(7))
 _IDLE_YIELDS = 4096  # times that a helper looks for work, giving its core away in between, before it sleeps: 1 to 2 ms
+_SPINS = 64  # times that a thread looks again at once, before it gives its core away
 _REMAINING = (1 << 32) - 1
 
 _yield = types.ExternalFunction(
@@ -63,31 +71,50 @@ def _work(state: int, worker: int) -> bool:
             worked = True
 
 
-def _finish(state: int, tasks: int) -> None:
-    """The caller's share of a job, and the wait for the tasks that helpers have claimed."""
-    _work(state, 0)
-    while atomic_load(state + _DONE) < tasks:
+@device
+def _wait(idle: int) -> None:
+    """What a thread does that has looked `idle` times in vain."""
+    if idle < _SPINS:
+        pause()
+    else:
         _yield()
 
 
-finish_job = device(_finish)
-
-
-def run_job(state: int, helpers: int, kernel: int, params: int, tasks: int, chunk: int) -> int:
-    """Does a job, unless helpers sleep: then returns how many must be woken (2 in their slots) before `finish`."""
-    atomic_store(state + _KERNEL, kernel)
-    atomic_store(state + _PARAMS, params)
-    atomic_store(state + _CHUNK, chunk)
+@device
+def _publish(state: int, helpers: int, job: int) -> int:
+    """Shows the helpers a job; returns how many sleep and must be woken (2 in their slots)."""
+    atomic_store(state + _KERNEL, load_i64(job))
+    atomic_store(state + _PARAMS, load_i64(job + 8))
+    atomic_store(state + _CHUNK, load_i64(job + 24))
     atomic_store(state + _DONE, 0)
     generation = (atomic_load(state + _TICKET) >> 32) + 1 & 0x3FFFFFFF
-    atomic_store(state + _TICKET, generation << 32 | tasks)
+    atomic_store(state + _TICKET, generation << 32 | load_i64(job + 16))
     sleeping = 0
     for helper in range(helpers):
         if compare_exchange(state + _HELPERS + _LINE * helper, 1, 2):
             sleeping += 1
-    if sleeping == 0:
-        finish_job(state, tasks)
     return sleeping
+
+
+def run_jobs(state: int, helpers: int, jobs: int, begin: int, end: int, published: int) -> int:
+    """Does the jobs begin <= j < end; returns end, or a job that was published while helpers sleep.
+
+    Once those are woken, it is to be called again from that job on, with `published` 1.
+    """
+    for j in range(begin, end):
+        job = jobs + 8 * JOB * j
+        tasks = load_i64(job + 16)
+        if load_i64(job + 24) == 0:
+            call_task(load_i64(job), load_i64(job + 8), 0, 0, tasks)
+            continue
+        if (j > begin or published == 0) and _publish(state, helpers, job) > 0:
+            return j
+        _work(state, 0)
+        idle = 0
+        while atomic_load(state + _DONE) < tasks:
+            _wait(idle)
+            idle += 1
+    return end
 
 
 def help_jobs(state: int, helper: int) -> None:
@@ -98,22 +125,15 @@ def help_jobs(state: int, helper: int) -> None:
         if _work(state, helper + 1):
             idle = 0
         else:
+            _wait(idle)
             idle += 1
-            _yield()
     atomic_store(asleep, 1)
     # a job published before this helper said so would not wake it; the caller can do that job alone
 
 
-def run_here(kernel: int, params: int, tasks: int) -> None:
-    """All tasks on the calling thread."""
-    call_task(kernel, params, 0, 0, tasks)
-
-
 _FUNCTIONS = (
-    Function(run_job, (types.intp,) * 6),
-    Function(_finish, (types.intp,) * 2),
+    Function(run_jobs, (types.intp,) * 6),
     Function(help_jobs, (types.intp,) * 2),
-    Function(run_here, (types.intp,) * 3),
 )
 
 
@@ -128,23 +148,20 @@ class ThreadPool:
         self._address = int(self._state.ctypes.data + _LINE - 1) // _LINE * _LINE
         self._helpers = num_threads - 1
         self._locks: list[Any] = []
-        self._run_job, self._finish, self._help_jobs, self._run_here = (f.build(on_compile) for f in _FUNCTIONS)
+        self._run_jobs, self._help_jobs = (f.build(on_compile) for f in _FUNCTIONS)
 
-    def run_here(self, kernel: int, params: int, tasks: int) -> None:
-        """Runs a kernel over its tasks on the calling thread alone."""
-        self._run_here(kernel, params, tasks)
-
-    def run(self, kernel: int, params: int, tasks: int, chunk: int) -> None:
-        """Runs a kernel over its tasks; `chunk` of them are claimed at once. 0 < tasks < 2**31"""
-        if self._run_job(self._address, len(self._locks), kernel, params, tasks, chunk):
+    def run(self, jobs: int, count: int, *, parallel: bool) -> None:
+        """Runs `count` jobs at address `jobs`; parallel: whether helpers have a part in any. 0 < tasks < 2**31"""
+        if parallel and len(self._locks) < self._helpers:
+            self._start()
+        done = self._run_jobs(self._address, len(self._locks), jobs, 0, count, 0)
+        while done < count:
             slots = self._slots()
             for helper, lock in enumerate(self._locks):
                 if slots[helper] == 2:
                     slots[helper] = 0
                     lock.release()
-            self._finish(self._address, tasks)
-        elif len(self._locks) < self._helpers:
-            self._start()
+            done = self._run_jobs(self._address, len(self._locks), jobs, done, count, 1)
 
     def _slots(self) -> Any:
         first = (self._address + _HELPERS - int(self._state.ctypes.data)) // 8

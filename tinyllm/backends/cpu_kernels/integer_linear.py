@@ -1,0 +1,255 @@
+"""x (T, in) times a quantised matrix (out, in), transposed, in integers: the same bits for a row whatever T is.
+
+x comes as digits (see `digits.py`). For each output, one lane:
+
+    for each step of k:  S_i = sum of code[k] * X_i[k]              exact, for each digit
+                         S = 2**8 (2**8 S_0 + S_1) + S_2            S_0 alone where there is one digit
+                         acc = fma(d * scale, S, fma(m, sum of the step's x, acc))
+
+Integers may be added in any order, so only the line with `acc` has one. `one_row` and `few_rows` read packed weights;
+`many_rows` unpacks a group once, so that unpacking costs nothing beside the products:
+
+    unpacked group:  [step]  | codes of k = 0 to 3: 16 x 4 bytes | ... of the last four | d: 16 floats | m: 16 floats |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import llvmlite.binding
+from numba import types
+
+from tinyllm.backends.cpu_kernels.digits import record_nbytes, scale_at
+from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
+from tinyllm.backends.cpu_kernels.integer_dot import emit_dot4
+from tinyllm.backends.cpu_kernels.jit import Kernel
+from tinyllm.backends.cpu_kernels.linear_rows import STAGING_NBYTES, finish_rows, row_offsets
+from tinyllm.backends.cpu_kernels.simd import (
+    F32,
+    I32,
+    V32,
+    VF,
+    Builder,
+    Value,
+    const,
+    const_vec,
+    emit_fma,
+    emit_load,
+    emit_loop,
+    emit_splat,
+    instruction,
+    pointer,
+)
+
+__all__ = ["IntegerKernels", "integer_few_rows", "integer_kernels", "integer_worker_nbytes"]
+
+_WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+_FEW_TILE = 4 if _WIDE else 2
+_MANY_TILE = {1: 12, 3: 8} if _WIDE else {1: 4, 3: 3}  # by digits
+
+i64 = types.int64
+
+
+def integer_few_rows(digits: int) -> int:
+    """Beyond this many rows, many_rows is faster."""
+    return _FEW_TILE
+
+
+def integer_worker_nbytes(in_features: int) -> int:
+    """Bytes of scratch that a worker needs: a tile of results, and an unpacked group of any format."""
+    return STAGING_NBYTES + 16 * in_features + 128 * -(-in_features // 16)
+
+
+Codes = Callable[[], list[tuple[int, Value]]]  # emits what brings the codes of a step: (offset of k, sixteen words)
+
+
+def _products(
+    b: Builder, form: PackedFormat, codes: Codes, digit: int, records: list[Value], sums: list[Value]
+) -> list[Value]:
+    """sums[t] + the products of a step's codes with one digit of row t."""
+    for k, word in codes():
+        offset = digit * form.step + k
+        sums = [
+            emit_dot4(b, total, word, emit_splat(b, emit_load(b, at, I32, offset, align=4), V32), form.bits)
+            for at, total in zip(records, sums, strict=True)
+        ]
+    return sums
+
+
+def _one_step(
+    b: Builder, form: PackedFormat, digits: int, codes: Codes, scale: Value, minimum: Value | None,
+    records: list[Value], accs: list[Value],
+) -> list[Value]:  # fmt: skip
+    """The accs after one step."""
+    at_scale = scale_at(digits, form.step)
+
+    def first_sums(digit: int) -> list[Value]:
+        if form.offset == 0:
+            return [const_vec(V32, 0)] * len(records)
+        at = at_scale + 8 + 4 * digit
+        return [emit_splat(b, emit_load(b, record, I32, at, align=4), V32) for record in records]
+
+    def floats(x: list[Value]) -> list[Value]:
+        return [b.sitofp(total, VF) for total in x]
+
+    def plus(x: list[Value], y: list[Value]) -> list[Value]:
+        return [b.add(i, j) for i, j in zip(x, y, strict=True)] if form.offset else x
+
+    sums = _products(b, form, codes, 0, records, first_sums(0))
+    if digits == 3:
+        shifted = [b.shl(total, const_vec(V32, 8)) for total in sums]
+        upper = floats(_products(b, form, codes, 1, records, plus(shifted, first_sums(1))))
+        lower = floats(_products(b, form, codes, 2, records, first_sums(2)))
+        two_to_8 = const_vec(VF, 256.0)
+        totals = [emit_fma(b, high, two_to_8, low) for high, low in zip(upper, lower, strict=True)]
+    else:
+        totals = floats(sums)
+    if minimum is not None:
+        accs = [
+            emit_fma(b, minimum, emit_splat(b, emit_load(b, record, F32, at_scale + 4, align=4)), acc)
+            for record, acc in zip(records, accs, strict=True)
+        ]
+    scales = [b.fmul(scale, emit_splat(b, emit_load(b, record, F32, at_scale, align=4))) for record in records]
+    return [emit_fma(b, one, total, acc) for one, total, acc in zip(scales, totals, accs, strict=True)]
+
+
+def _store_results(b: Builder, accs: list[Value], result: Value) -> None:
+    for t, acc in enumerate(accs):
+        b.store(acc, pointer(b, result, VF, 64 * t), align=4)
+
+
+def _packed_tile(form: PackedFormat, digits: int, tile: int) -> Callable[..., None]:
+    """(group, x, x_stride, rows, steps, result): result[t] = 16 outputs of row t."""
+
+    @instruction(types.void, *(i64,) * 6)
+    def packed_tile(
+        b: Builder, group: Value, x: Value, x_stride: Value, rows: Value, steps: Value, result: Value
+    ) -> None:
+        x_rows = [b.add(x, offset) for offset in row_offsets(b, tile, x_stride, rows)]
+
+        def one_step(i: Value, accs: list[Value]) -> list[Value]:
+            step = form.unpack(b, group, i)
+            assert step.scale is not None
+            words = list(step.words)
+            records = [b.add(at, b.mul(i, const(record_nbytes(digits, form.step)))) for at in x_rows]
+            return _one_step(b, form, digits, lambda: words, step.scale, step.minimum, records, accs)
+
+        _store_results(b, emit_loop(b, const(0), steps, 1, [const_vec(VF, 0.0)] * tile, one_step), result)
+
+    return packed_tile
+
+
+def _unpacked_step_nbytes(form: PackedFormat) -> int:
+    return 16 * form.step + 128
+
+
+def _unpack_group(form: PackedFormat) -> Callable[..., None]:
+    """(group, steps, out): writes the unpacked group."""
+
+    @instruction(types.void, *(i64,) * 3)
+    def unpack_group(b: Builder, group: Value, steps: Value, out: Value) -> None:
+        def one_step(i: Value, _state: list[Value]) -> list[Value]:
+            step = form.unpack(b, group, i)
+            at = b.add(out, b.mul(i, const(_unpacked_step_nbytes(form))))
+            for k, word in step.words:
+                b.store(word, pointer(b, at, V32, 16 * k), align=64)
+            for slot, value in ((0, step.scale), (64, step.minimum)):
+                if value is not None:
+                    b.store(value, pointer(b, at, VF, 16 * form.step + slot), align=64)
+            return []
+
+        emit_loop(b, const(0), steps, 1, [], one_step)
+
+    return unpack_group
+
+
+def _unpacked_tile(form: PackedFormat, digits: int, tile: int) -> Callable[..., None]:
+    """The same as a packed tile, from an unpacked group."""
+
+    @instruction(types.void, *(i64,) * 6)
+    def unpacked_tile(
+        b: Builder, group: Value, x: Value, x_stride: Value, rows: Value, steps: Value, result: Value
+    ) -> None:
+        x_rows = [b.add(x, offset) for offset in row_offsets(b, tile, x_stride, rows)]
+
+        def one_step(i: Value, accs: list[Value]) -> list[Value]:
+            at = b.add(group, b.mul(i, const(_unpacked_step_nbytes(form))))
+
+            def codes() -> list[tuple[int, Value]]:
+                return [(k, emit_load(b, at, V32, 16 * k, align=64)) for k in range(0, form.step, 4)]
+
+            scale = emit_load(b, at, VF, 16 * form.step, align=64)
+            minimum = emit_load(b, at, VF, 16 * form.step + 64, align=64) if form.has_minimum else None
+            records = [b.add(row, b.mul(i, const(record_nbytes(digits, form.step)))) for row in x_rows]
+            return _one_step(b, form, digits, codes, scale, minimum, records, accs)
+
+        _store_results(b, emit_loop(b, const(0), steps, 1, [const_vec(VF, 0.0)] * tile, one_step), result)
+
+    return unpacked_tile
+
+
+# ---- kernels
+
+
+@dataclass(frozen=True)
+class IntegerKernels:
+    """The kernels of one format and number of digits. A task is a group of sixteen outputs."""
+
+    one_row: Kernel
+    few_rows: Kernel
+    many_rows: Kernel
+
+
+def _packed_kernel(form: PackedFormat, digits: int, tile: int, name: str) -> Kernel:
+    packed_tile = _packed_tile(form, digits, tile)
+    step_size = form.step
+
+    def packed(
+        worker: int, begin: int, end: int, weight: int, group_nbytes: int, x: int, x_stride: int, rows: int,
+        in_features: int, out_features: int, bias: int, out: int, out_stride: int, scratch: int, scratch_stride: int,
+    ) -> None:  # fmt: skip
+        result = scratch + worker * scratch_stride
+        for group in range(begin, end):
+            for row in range(0, rows, tile):
+                at = x + row * x_stride
+                steps = in_features // step_size
+                packed_tile(weight + group * group_nbytes, at, x_stride, rows - row, steps, result)
+                n, at = min(tile, rows - row), out + row * out_stride
+                finish_rows(result, n, group, out_features, bias, at, out_stride)
+
+    return Kernel(f"integer_linear.{name}-{digits}-{form.name}", packed)
+
+
+def _unpacked_kernel(form: PackedFormat, digits: int) -> Kernel:
+    tile = _MANY_TILE[digits]
+    unpack_group, unpacked_tile = _unpack_group(form), _unpacked_tile(form, digits, tile)
+    step_size = form.step
+
+    def unpacked(
+        worker: int, begin: int, end: int, weight: int, group_nbytes: int, x: int, x_stride: int, rows: int,
+        in_features: int, out_features: int, bias: int, out: int, out_stride: int, scratch: int, scratch_stride: int,
+    ) -> None:  # fmt: skip
+        steps = in_features // step_size
+        result = scratch + worker * scratch_stride
+        codes = result + STAGING_NBYTES
+        for group in range(begin, end):
+            unpack_group(weight + group * group_nbytes, steps, codes)
+            for row in range(0, rows, tile):
+                unpacked_tile(codes, x + row * x_stride, x_stride, rows - row, steps, result)
+                n, at = min(tile, rows - row), out + row * out_stride
+                finish_rows(result, n, group, out_features, bias, at, out_stride)
+
+    return Kernel(f"integer_linear.many_rows-{digits}-{form.name}", unpacked)
+
+
+@cache
+def integer_kernels(dtype: str, digits: int) -> IntegerKernels:
+    """digits: 1 or 3, of the activations. dtype: a quantised format."""
+    form = PACKED[dtype]
+    return IntegerKernels(
+        _packed_kernel(form, digits, 1, "one_row"),
+        _packed_kernel(form, digits, _FEW_TILE, "few_rows"),
+        _unpacked_kernel(form, digits),
+    )

@@ -1,0 +1,29 @@
+"""What the two forms of linear kernels share: tiles of rows, and how a tile's results leave them."""
+
+from __future__ import annotations
+
+from tinyllm.backends.cpu_kernels.jit import device
+from tinyllm.backends.cpu_kernels.simd import Builder, Value, const, load, load_first, store_first
+
+__all__ = ["MAX_TILE", "STAGING_NBYTES", "finish_rows", "row_offsets"]
+
+MAX_TILE = 12  # rows
+STAGING_NBYTES = 64 * MAX_TILE  # a tile's results, sixteen outputs a row
+
+
+def row_offsets(b: Builder, tile: int, stride: Value, rows: Value) -> list[Value]:
+    """Byte offsets of the tile's rows; those past the last repeat it, and their results go unused."""
+    last = b.sub(rows, const(1))
+    return [b.mul(b.select(b.icmp_signed("<", const(t), last), const(t), last), stride) for t in range(tile)]
+
+
+@device
+def finish_rows(result: int, rows: int, group: int, out_features: int, bias: int, out: int, out_stride: int) -> None:
+    """Row t of `out` gets the group's outputs, result[t] + bias; those past out_features are left out."""
+    first = 16 * group
+    lanes = min(16, out_features - first)
+    for t in range(rows):
+        values = load(result + 64 * t)
+        if bias != 0:
+            values = values + load_first(bias + 4 * first, lanes)
+        store_first(out + t * out_stride + 4 * first, values, lanes)

@@ -1,0 +1,113 @@
+"""The CPU backend's linear layers and embedding: which form of kernel, and what it needs beside x and the weight.
+
+Quantised weights meet activations cut into digits (see cpu_kernels/digits.py): one where that was asked for, three
+where the CPU multiplies bytes fast enough for that to be the faster way of computing with float32 activations. All
+other products are float32's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyllm.backends.base import F32Array, I32Array
+from tinyllm.backends.cpu_kernels.digits import quantise_kernel, row_nbytes
+from tinyllm.backends.cpu_kernels.formats import PACKED
+from tinyllm.backends.cpu_kernels.integer_dot import HAS_VNNI
+from tinyllm.backends.cpu_kernels.integer_linear import integer_few_rows, integer_kernels, integer_worker_nbytes
+from tinyllm.backends.cpu_kernels.jit import Kernel
+from tinyllm.backends.cpu_kernels.linear import FEW_ROWS, block_sums, linear_kernels, worker_nbytes
+from tinyllm.backends.cpu_kernels.packing import PackedWeight
+
+__all__ = ["CpuLinear", "digits_of"]
+
+
+def digits_of(activations: str) -> int:
+    """How many digits activations have beside quantised weights; 0 where they stay float32. See EngineConfig."""
+    if activations == "int8":
+        return 1
+    return 3 if HAS_VNNI else 0
+
+
+class CpuLinear:
+    """`embedding` and `linear` of `Backend`."""
+
+    num_threads: int
+    digits: int
+    _address_of: Callable[[NDArray[Any]], int]
+
+    def _run(self, kernel: Kernel, tasks: int, work: int, *arguments: int | float) -> None:
+        raise NotImplementedError
+
+    def _reserve(self, nbytes: int) -> int:
+        raise NotImplementedError
+
+    def embedding(self, token_ids: I32Array, weight: PackedWeight, *, out: F32Array | None = None) -> F32Array:
+        address = self._address_of
+        T, M = token_ids.shape[0], weight.shape[1]
+        out = np.empty((T, M), np.float32) if out is None else out
+        assert out.shape == (T, M) and out.flags.c_contiguous and token_ids.flags.c_contiguous
+        assert T == 0 or (token_ids.min() >= 0 and token_ids.max() < weight.shape[0])
+        for part in weight.parts:
+            self._run(
+                linear_kernels(part.dtype).embedding, T, 16 * T * M, address(token_ids), part.address,
+                part.group_nbytes, part.first_row, part.rows, M, address(out), 4 * M,
+            )  # fmt: skip
+        return out
+
+    def _linear_scratch(self, rows: int, in_features: int) -> tuple[int, int]:
+        """The most bytes of scratch of a product, and bytes of one worker, whose parts come first."""
+        worker = max(worker_nbytes(in_features), integer_worker_nbytes(in_features))
+        sums = 4 * rows * (in_features // 32) if rows > FEW_ROWS else 0
+        records = rows * row_nbytes(self.digits, 16, in_features) if self.digits else 0
+        return self.num_threads * worker + max(sums, records), worker
+
+    def linear(
+        self, x: F32Array, weight: PackedWeight, bias: F32Array | None = None, *, out: F32Array | None = None
+    ) -> F32Array:
+        address = self._address_of
+        T, in_features = x.shape
+        out_features = weight.shape[0]
+        out = np.empty((T, out_features), np.float32) if out is None else out
+        assert in_features == weight.shape[1] and out.shape == (T, out_features)
+        if x.shape[0] == 0:  # numpy gives empty arrays strides of 0
+            return out
+        assert x.strides[1] == 4 and out.strides[1] == 4 and (bias is None or bias.shape == (out_features,))
+        scratch_nbytes, worker_nbytes = self._linear_scratch(T, in_features)
+        scratch = self._reserve(scratch_nbytes)
+        prepared = scratch + self.num_threads * worker_nbytes  # what all workers read of x: digits, or sums
+        x_address, x_stride = address(x), x.strides[0]
+        out_address, bias_address = address(out), 0 if bias is None else address(bias)
+        holds: object = None
+        for part in weight.parts:
+            form, first = PACKED[part.dtype], 4 * part.first_row
+            digits = 0 if form.dense else self.digits
+            wanted = (digits, form.step, form.offset) if digits else "sums"
+            steps, source, source_stride = in_features // form.step, x_address, x_stride
+            if digits:
+                source, source_stride = prepared, row_nbytes(digits, form.step, in_features)
+                if holds != wanted:
+                    quantise, work = quantise_kernel(digits, form.step), 4 * T * in_features
+                    self._run(quantise, T * steps, work, x_address, x_stride, steps, form.offset, source, source_stride)
+            elif T > FEW_ROWS and form.has_minimum and holds != wanted:
+                self._run(block_sums, T, T * in_features, x_address, x_stride, steps, prepared)
+            holds = wanted
+            arguments = (
+                part.address, part.group_nbytes, source, source_stride, T, in_features, part.rows,
+                bias_address and bias_address + first, out_address + first, out.strides[0], scratch, worker_nbytes,
+            )  # fmt: skip
+            groups, work = -(-part.rows // 16), T * in_features * part.rows
+            if digits:
+                forms = integer_kernels(part.dtype, digits)
+                many, few, one = forms.many_rows, forms.few_rows, forms.one_row
+                kernel = one if T == 1 else few if T <= integer_few_rows(digits) else many
+                self._run(kernel, groups, work, *arguments)
+            elif T > FEW_ROWS:
+                self._run(linear_kernels(part.dtype).many_rows, groups, work, *arguments, prepared)
+            else:
+                kernels = linear_kernels(part.dtype)
+                self._run(kernels.one_row if T == 1 else kernels.few_rows, groups, work, *arguments)
+        return out
