@@ -69,7 +69,9 @@ __all__ = ["NO_WINDOW", "AttentionKernels", "attention_kernels", "partial_nbytes
 
 NO_WINDOW = 1 << 40  # of a layer without a window: more than any sequence's
 _ROW_TILE = 8 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 4  # rows that share loads of K and V
+_TILE_ROWS = (1, 2, 3, 4, _ROW_TILE)
 _QUERY_ROWS = 32  # rows (tokens x heads of one KV head) of a task, about
+_WIDE_VECTORS = 4 if _ROW_TILE == 8 else 2  # of V's sixteen elements that up to four rows multiply at once
 _ITEM_NBYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 i64 = types.int64
@@ -97,8 +99,11 @@ def partial_nbytes(heads_per_kv_head: int, head_dim: int) -> int:
     return heads_per_kv_head * 4 * (2 + -(-head_dim // 16) * 16)
 
 
-def _row_tile(rows: int, dtype: str, start_at_zero: bool) -> Callable[..., None]:
-    """(a, a_stride, b, b_stride, n, c, c_stride): c[r] += sum over k < n, in order, of a[r][k] * b[k] (16 lanes)."""
+def _row_tile(rows: int, vectors: int, dtype: str, start_at_zero: bool) -> Callable[..., None]:
+    """(a, a_stride, b, b_stride, n, c, c_stride): c[r] += sum over k < n, in order, of a[r][k] * b[k]
+
+    b[k] and c[r] are `vectors` times 16 lanes.
+    """
 
     @instruction(types.void, *(i64,) * 7)
     def row_tile(
@@ -107,26 +112,48 @@ def _row_tile(rows: int, dtype: str, start_at_zero: bool) -> Callable[..., None]
         unroll = 4
         a_rows = [b.add(a, b.mul(const(r), a_stride)) for r in range(rows)]
         c_rows = [b.add(c, b.mul(const(r), c_stride)) for r in range(rows)]
-        accs = [const_vec(VF, 0.0) if start_at_zero else emit_load(b, at, VF, align=4) for at in c_rows]
+        at_zero = const_vec(VF, 0.0)
+        places = [(r, v) for r in range(rows) for v in range(vectors)]
+        accs = [at_zero if start_at_zero else emit_load(b, c_rows[r], VF, 64 * v, align=4) for r, v in places]
 
         def multiply(k: Value, accs: list[Value], unroll: int) -> list[Value]:
             at = b.add(values, b.mul(k, value_stride))
             for u in range(unroll):
-                lanes = emit_load_values(b, b.add(at, b.mul(const(u), value_stride)), dtype)
+                row = b.add(at, b.mul(const(u), value_stride))
+                lanes = [emit_load_values(b, row, dtype, 16 * v * _ITEM_NBYTES[dtype]) for v in range(vectors)]
                 offset = b.add(b.mul(k, const(4)), const(4 * u))
-                accs = [
-                    emit_fma(b, lanes, emit_splat(b, emit_load(b, row, F32, offset, align=4)), acc)
-                    for row, acc in zip(a_rows, accs, strict=True)
-                ]
+                factors = [emit_splat(b, emit_load(b, a_row, F32, offset, align=4)) for a_row in a_rows]
+                accs = [emit_fma(b, lanes[v], factors[r], acc) for (r, v), acc in zip(places, accs, strict=True)]
             return accs
 
         whole = b.and_(n, const(-unroll))
         accs = emit_loop(b, const(0), whole, unroll, accs, lambda k, accs: multiply(k, accs, unroll))
         accs = emit_loop(b, whole, n, 1, accs, lambda k, accs: multiply(k, accs, 1))
-        for at, acc in zip(c_rows, accs, strict=True):
-            b.store(acc, pointer(b, at, VF), align=4)
+        for (r, v), acc in zip(places, accs, strict=True):
+            b.store(acc, pointer(b, c_rows[r], VF, 64 * v), align=4)
 
     return row_tile
+
+
+def _tiles(vectors: int, dtype: str, start_at_zero: bool) -> Callable[..., None]:
+    """(rows, ...): a row tile of so many rows, at most _ROW_TILE; c has room for the next of _TILE_ROWS."""
+    tiles = [_row_tile(rows, vectors, dtype, start_at_zero) for rows in _TILE_ROWS]
+    one, two, three, four, most = tiles
+
+    @device
+    def run(rows: int, a: int, a_stride: int, b: int, b_stride: int, n: int, c: int, c_stride: int) -> None:
+        if rows == 1:
+            one(a, a_stride, b, b_stride, n, c, c_stride)
+        elif rows == 2:
+            two(a, a_stride, b, b_stride, n, c, c_stride)
+        elif rows == 3:
+            three(a, a_stride, b, b_stride, n, c, c_stride)
+        elif rows == 4:
+            four(a, a_stride, b, b_stride, n, c, c_stride)
+        else:
+            most(a, a_stride, b, b_stride, n, c, c_stride)
+
+    return run
 
 
 @device
@@ -206,27 +233,31 @@ class AttentionKernels:
 @cache
 def attention_kernels(dtype: str) -> AttentionKernels:
     item = _ITEM_NBYTES[dtype]
-    scores_of_tile, scores_of_row = _row_tile(_ROW_TILE, dtype, True), _row_tile(1, dtype, True)
-    values_of_tile, values_of_row = _row_tile(_ROW_TILE, dtype, False), _row_tile(1, dtype, False)
+    scores_of_rows = _tiles(1, dtype, True)
+    values_of_rows, wide_values_of_rows = _tiles(1, dtype, False), _tiles(_WIDE_VECTORS, dtype, False)
 
     @device
     def accumulate(
-        shared: bool, probs: int, tile: int, first: int, end: int, v: int, v_block_stride: int, table: int,
+        rows: int, probs: int, tile: int, first: int, end: int, v: int, v_block_stride: int, table: int,
         block_size: int, acc: int, padded: int,
     ) -> None:  # fmt: skip
-        """acc += probs[j] * V[j] for keys first <= j < end of a tile, ascending; for a tile of rows or for one row."""
+        """acc += probs[j] * V[j] for keys first <= j < end of a tile, ascending, for each of the rows."""
         key = first
         while key < end:
             offset = key % block_size
             run = min(block_size - offset, end - key)
             values = v + load_i32(table + 4 * (key // block_size)) * v_block_stride + offset * padded * item
             weights = probs + 4 * (key - tile)
-            for d in range(0, padded, 16):
-                at, stride = values + d * item, padded * item
-                if shared:
-                    values_of_tile(weights, 4 * TILE_KEYS, at, stride, run, acc + 4 * d, 4 * padded)
-                else:
-                    values_of_row(weights, 4 * TILE_KEYS, at, stride, run, acc + 4 * d, 4 * padded)
+            d, stride = 0, padded * item
+            if rows <= 4:
+                while d + 16 * _WIDE_VECTORS <= padded:
+                    wide_values_of_rows(
+                        rows, weights, 4 * TILE_KEYS, values + d * item, stride, run, acc + 4 * d, 4 * padded
+                    )
+                    d += 16 * _WIDE_VECTORS
+            while d < padded:
+                values_of_rows(rows, weights, 4 * TILE_KEYS, values + d * item, stride, run, acc + 4 * d, 4 * padded)
+                d += 16
             key += run
 
     @device
@@ -258,10 +289,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                     block = k + load_i32(table + 4 * (key // block_size)) * k_block_stride
                     keys = block + key % block_size * head_dim * item
                     q_rows, score = q + 4 * r0 * head_dim, row_scores + 4 * (key - tile)
-                    if n == 1:
-                        scores_of_row(q_rows, 4 * head_dim, keys, 16 * item, head_dim, score, 4 * TILE_KEYS)
-                    else:
-                        scores_of_tile(q_rows, 4 * head_dim, keys, 16 * item, head_dim, score, 4 * TILE_KEYS)
+                    scores_of_rows(n, q_rows, 4 * head_dim, keys, 16 * item, head_dim, score, 4 * TILE_KEYS)
                 for r in range(n):
                     p = position + (r0 + r) // heads
                     row_first, row_end = max(tile, _lowest_key(p, window, sinks)), min(end_of_tile, p + 1)
@@ -272,13 +300,13 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                         )  # fmt: skip
                 same_keys = _lowest_key(highest_position, window, sinks) <= first and lowest_position + 1 >= end
                 if n > 1 and same_keys:
-                    accumulate(True, row_scores, tile, first, end, v, v_block_stride, table, block_size, acc, padded)
+                    accumulate(n, row_scores, tile, first, end, v, v_block_stride, table, block_size, acc, padded)
                 else:
                     for r in range(n):
                         p = position + (r0 + r) // heads
                         row_first, row_end = max(tile, _lowest_key(p, window, sinks)), min(end_of_tile, p + 1)
                         accumulate(
-                            False, row_scores + 4 * r * TILE_KEYS, tile, row_first, row_end, v, v_block_stride, table,
+                            1, row_scores + 4 * r * TILE_KEYS, tile, row_first, row_end, v, v_block_stride, table,
                             block_size, acc + 4 * r * padded, padded,
                         )  # fmt: skip
 
