@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +17,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from tinyllm.backends.base import Batch, F32Array
+from tinyllm.cli.facts import cpu_name, machine_facts, model_facts
 from tinyllm.engine.llm_engine import LLMEngine
 from tinyllm.errors import TinyLLMError
-from tinyllm.hub import LARGER_MODEL, MODELS, resolve
+from tinyllm.hub import LARGER_MODEL
 from tinyllm.llm import LLM
 from tinyllm.outputs import RequestOutput
 
@@ -114,42 +113,6 @@ def prepare_output(stem: str, *, plots: bool) -> Path:
     except OSError as error:
         raise MistakeError(f"cannot write to {path.parent}: {error.strerror or error}") from None
     return path
-
-
-# ---- facts
-
-
-def machine_facts(num_threads: int | None) -> dict[str, Any]:
-    """What timings depend on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {
-        "cpu": cpu_name(),
-        "cores": cores,
-        "threads": num_threads or cores,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
-
-
-def cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
-
-
-def model_facts(model: str) -> dict[str, str]:
-    """The model by name and by content; a folder's content is that of its files."""
-    path = resolve(model)
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            while chunk := opened.read(1 << 20):
-                digest.update(chunk)
-    return {"name": model.lower() if model.lower() in MODELS else path.name, "sha256": digest.hexdigest()}
 
 
 # ---- the engine

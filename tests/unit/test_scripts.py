@@ -17,7 +17,10 @@ import pytest
 from tinyllm.backends.cpu import CpuBackend
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("beam_blocks", "chunked_prefill", "flash_attention", "prefix_caching", "streaming_llm")
+NAMES = (
+    *("beam_blocks", "bench_history", "chunked_prefill", "cost_growth"),
+    *("flash_attention", "prefix_caching", "streaming_llm"),
+)
 
 Load = Callable[[str], ModuleType]
 
@@ -61,9 +64,13 @@ def test_help_says_what_is_measured_and_how_to_run_it(
         ("beam_blocks", ["--beams", "4", "-1"], "-1"),
         ("beam_blocks", ["--beams", "0"], "--beams"),
         ("beam_blocks", ["--what"], "--what"),
+        ("bench_history", ["--from", "no/such.json"], "no/such.json"),
+        ("bench_history", ["--tolerance", "1"], "--tolerance"),
         ("chunked_prefill", ["--prompt-tokens", "8e3"], "'8e3'"),
         ("chunked_prefill", ["--running", "512"], "--running"),
         ("chunked_prefill", ["--prompt", "10"], "--prompt"),  # no abbreviations
+        ("cost_growth", ["--contexts", "0"], "--contexts"),
+        ("cost_growth", ["--batch-sizes", "1", "x"], "--batch-sizes"),
         ("flash_attention", ["--lengths", "0"], "--lengths"),
         ("flash_attention", ["--lengths", "512", "--naive-up-to", "256"], "--naive-up-to"),
         ("prefix_caching", ["--requests", "1"], "--requests"),
