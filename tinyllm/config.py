@@ -9,10 +9,11 @@ from typing import Any
 
 from tinyllm.errors import ConfigError
 
-__all__ = ["COMPUTE_DTYPES", "KV_DTYPES", "EngineConfig", "ModelConfig", "RopeConfig"]
+__all__ = ["ACTIVATION_DTYPES", "COMPUTE_DTYPES", "KV_DTYPES", "EngineConfig", "ModelConfig", "RopeConfig"]
 
 KV_DTYPES = ("f32", "f16", "bf16", "int8", "fp8")
 COMPUTE_DTYPES = ("f32", "f16", "bf16")
+ACTIVATION_DTYPES = ("f32", "int8")
 _ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -176,12 +177,15 @@ class EngineConfig:
         block_size: tokens per KV block; a multiple of 16 on the cpu backend, a power of two up to 256 on the GPU.
         num_blocks: KV blocks to reserve; None sizes the cache from the model and the free memory.
         kv_dtype: storage of keys and values: "f32", "f16", "bf16", or on the GPU "int8" or "fp8" with a scale for each
-            token and head; "auto" is what the backend computes attention in: f32 on the CPU.
+            token and head; "auto" is what the backend computes attention in: on the CPU f32, or f16 with int8
+            activations.
         max_model_len: the longest prompt plus output, in tokens; None means the model's own limit.
         num_threads: CPU threads; None means all that this process may use.
         device: "auto" (a GPU if there is one, else the CPU), "cpu", "cuda", "cuda-emulated" or "reference".
         compute_dtype: what linear layers multiply in on the GPU: "f32", "f16" or "bf16"; "auto" follows the weights'
             storage: exact float32 for F32 weights, tensor cores in f16 or bf16 for all others. Sums are float32.
+        activations: what quantised weights are multiplied with on the CPU: "f32", or "int8", which is faster and less
+            exact: activations are rounded to eight bits per 32 values. The same bits are promised either way.
         cuda_graphs: replay decode steps as CUDA graphs instead of launching kernel by kernel.
         fast_matmul: cuBLAS for the GPU's linear layers, without graphs. It gives up the same bits: they depend on the
             batch then.
@@ -198,6 +202,7 @@ class EngineConfig:
     num_threads: int | None = None
     device: str = "auto"
     compute_dtype: str = "auto"
+    activations: str = "f32"
     cuda_graphs: bool = True
     fast_matmul: bool = False
     prefix_caching: bool = True
@@ -217,6 +222,10 @@ class EngineConfig:
             value = getattr(self, name)
             allowed = (*known, "auto")
             _require(value in allowed, f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+        _require(
+            self.activations in ACTIVATION_DTYPES,
+            f"activations must be one of {', '.join(ACTIVATION_DTYPES)}, not {self.activations!r}",
+        )
         _require(isinstance(self.device, str), f"device must be a string, not {self.device!r}")
         for name in ("cuda_graphs", "fast_matmul", "prefix_caching", "debug_checks"):
             _require(isinstance(getattr(self, name), bool), f"{name} must be True or False")

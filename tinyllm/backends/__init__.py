@@ -20,6 +20,7 @@ def backend_for(engine: EngineConfig, *, on_event: Callable[[str], None] | None 
         engine.device,
         engine.num_threads,
         compute_dtype=engine.compute_dtype,
+        activations=engine.activations,
         cuda_graphs=engine.cuda_graphs,
         fast_matmul=engine.fast_matmul,
         on_event=on_event,
@@ -31,6 +32,7 @@ def create_backend(
     num_threads: int | None = None,
     *,
     compute_dtype: str = "auto",
+    activations: str = "f32",
     cuda_graphs: bool = True,
     fast_matmul: bool = False,
     on_event: Callable[[str], None] | None = None,
@@ -40,7 +42,7 @@ def create_backend(
     Args:
         device: "auto" is a GPU where there is one that can be used, else the CPU.
         num_threads: CPU threads to use; None means all that this process may.
-        compute_dtype, cuda_graphs, fast_matmul: of the GPU; see tinyllm.config.EngineConfig.
+        activations: of the CPU; compute_dtype, cuda_graphs, fast_matmul: of the GPU; see tinyllm.config.EngineConfig.
         on_event: receives one-line notices, e.g. that kernels are being compiled.
 
     Raises:
@@ -49,6 +51,8 @@ def create_backend(
     """
     if device == "auto":
         device = "cuda" if _gpu_is_usable() else "cpu"
+    if activations != "f32" and device != "cpu":
+        raise ConfigError(f"activations {activations} is for the CPU; the device is {device}")
     if device in ("cuda", "cuda-emulated"):
         return _cuda_backend(device, compute_dtype, cuda_graphs, fast_matmul, on_event)
     if compute_dtype not in ("auto", "f32") or fast_matmul:
@@ -57,7 +61,7 @@ def create_backend(
     if device == "cpu":
         from tinyllm.backends.cpu import CpuBackend
 
-        return CpuBackend(num_threads=num_threads, on_compile=on_event)
+        return CpuBackend(num_threads=num_threads, on_compile=on_event, activations=activations)
     if device == "reference":
         from tinyllm.backends.reference import ReferenceBackend
 

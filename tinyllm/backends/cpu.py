@@ -141,6 +141,9 @@ class CpuBackend(CpuLinear, CpuFlashAttention, HostBackend):
     def load_matrix(self, tensors: Sequence[Tensor]) -> PackedWeight:
         return pack_matrix(tensors, self._run)
 
+    def default_kv_dtype(self, head_dim: int) -> str:
+        return "f16" if self.digits == 1 else "f32"
+
     def kv_cache_nbytes(self, spec: KVCacheSpec) -> int:
         return cache_nbytes(spec)
 

@@ -43,6 +43,7 @@ _ENGINE_OPTIONS = {  # field of EngineConfig -> option
     "max_model_len": "--max-model-len",
     "num_threads": "--threads",
     "compute_dtype": "--compute-dtype",
+    "activations": "--activations",
     "cuda_graphs": "--no-cuda-graphs",
     "fast_matmul": "--fast-matmul",
 }
@@ -103,6 +104,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--compute-dtype",
         metavar="TYPE",
         help="auto, f32, f16 or bf16 products on the GPU (default: auto, by the weights)",
+    )
+    group.add_argument(
+        "--activations",
+        metavar="TYPE",
+        help="f32, or int8: faster and less exact products with quantised weights on the CPU (default: f32)",
     )
     group.add_argument(
         "--no-cuda-graphs",
