@@ -21,12 +21,11 @@ from tinyllm.backends.cpu_kernels import attention, rows
 from tinyllm.backends.cpu_kernels.jit import Kernel, address_of
 from tinyllm.backends.cpu_kernels.kv_cache import KVLayer, PagedKVCache, allocate, cache_nbytes, read, write_kernel
 from tinyllm.backends.cpu_kernels.memory import aligned_zeros
-from tinyllm.backends.cpu_kernels.packing import PackedWeight, pack_matrix, packed_nbytes
+from tinyllm.backends.cpu_kernels.packing import PackedWeight, packed_nbytes
 from tinyllm.backends.cpu_kernels.threads import JOB, ThreadPool
-from tinyllm.backends.cpu_linear import CpuLinear, digits_of
+from tinyllm.backends.cpu_linear import CpuLinear
 from tinyllm.backends.cpu_program import Program, ProgramSteps, StagedBatches
 from tinyllm.backends.host import HostBackend
-from weights import Tensor
 
 __all__ = ["CpuBackend", "PackedWeight"]
 
@@ -66,7 +65,7 @@ class CpuBackend(CpuLinear, CpuFlashAttention, HostBackend):
         activations: str = "f32",
     ) -> None:
         self.num_threads = num_threads or _available_cpus()
-        self.digits = digits_of(activations)
+        self.activations = activations
         self._report = on_compile or _print_compiling
         self._reported = False
         self._job = np.zeros(JOB + 64, np.int64)  # the kernel that runs, and its arguments
@@ -138,11 +137,8 @@ class CpuBackend(CpuLinear, CpuFlashAttention, HostBackend):
     def matrix_nbytes(self, parts: Sequence[tuple[str, tuple[int, int]]]) -> int:
         return packed_nbytes(parts)
 
-    def load_matrix(self, tensors: Sequence[Tensor]) -> PackedWeight:
-        return pack_matrix(tensors, self._run)
-
     def default_kv_dtype(self, head_dim: int) -> str:
-        return "f16" if self.digits == 1 else "f32"
+        return "f16" if self.activations == "int8" else "f32"
 
     def kv_cache_nbytes(self, spec: KVCacheSpec) -> int:
         return cache_nbytes(spec)

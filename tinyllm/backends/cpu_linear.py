@@ -2,12 +2,13 @@
 
 Quantised weights meet activations cut into digits (see cpu_kernels/digits.py): one where that was asked for, three
 where the CPU multiplies bytes fast enough for that to be the faster way of computing with float32 activations. All
-other products are float32's.
+other products are float32's. The LM head's activations are never rounded to one digit: of all layers that would change
+the likeliest token most often, and it would save least, as only rows that are sampled go through it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,27 +17,26 @@ from numpy.typing import NDArray
 from tinyllm.backends.base import F32Array, I32Array
 from tinyllm.backends.cpu_kernels.digits import quantise_kernel, row_nbytes
 from tinyllm.backends.cpu_kernels.formats import PACKED
+from tinyllm.backends.cpu_kernels.integer_amx import AMX_NBYTES, AMX_ROWS, amx_kernel, has_amx
 from tinyllm.backends.cpu_kernels.integer_dot import HAS_VNNI
 from tinyllm.backends.cpu_kernels.integer_linear import integer_few_rows, integer_kernels, integer_worker_nbytes
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.linear import FEW_ROWS, block_sums, linear_kernels, worker_nbytes
-from tinyllm.backends.cpu_kernels.packing import PackedWeight
+from tinyllm.backends.cpu_kernels.packing import PackedWeight, pack_matrix
+from weights import Tensor
 
-__all__ = ["CpuLinear", "digits_of"]
+__all__ = ["CpuLinear"]
 
-
-def digits_of(activations: str) -> int:
-    """How many digits activations have beside quantised weights; 0 where they stay float32. See EngineConfig."""
-    if activations == "int8":
-        return 1
-    return 3 if HAS_VNNI else 0
+_EXACT_DIGITS = 3 if HAS_VNNI else 0  # 0: activations stay float32
+_BLOCK_NBYTES = 3 << 18  # of the digits that a task's rows have: they stay in a core's own cache
+_OUTPUT_MATRICES = ("lm_head", "embedding")  # canonical names
 
 
 class CpuLinear:
     """`embedding` and `linear` of `Backend`."""
 
     num_threads: int
-    digits: int
+    activations: str
     _address_of: Callable[[NDArray[Any]], int]
 
     def _run(self, kernel: Kernel, tasks: int, work: int, *arguments: int | float) -> None:
@@ -44,6 +44,10 @@ class CpuLinear:
 
     def _reserve(self, nbytes: int) -> int:
         raise NotImplementedError
+
+    def load_matrix(self, tensors: Sequence[Tensor]) -> PackedWeight:
+        rounded = self.activations == "int8" and all(tensor.name not in _OUTPUT_MATRICES for tensor in tensors)
+        return pack_matrix(tensors, self._run, 1 if rounded else _EXACT_DIGITS)
 
     def embedding(self, token_ids: I32Array, weight: PackedWeight, *, out: F32Array | None = None) -> F32Array:
         address = self._address_of
@@ -60,9 +64,10 @@ class CpuLinear:
 
     def _linear_scratch(self, rows: int, in_features: int) -> tuple[int, int]:
         """The most bytes of scratch of a product, and bytes of one worker, whose parts come first."""
-        worker = max(worker_nbytes(in_features), integer_worker_nbytes(in_features))
+        worker = max(worker_nbytes(in_features), integer_worker_nbytes(in_features) + AMX_NBYTES)
         sums = 4 * rows * (in_features // 32) if rows > FEW_ROWS else 0
-        records = rows * row_nbytes(self.digits, 16, in_features) if self.digits else 0
+        padded = -(-rows // AMX_ROWS) * AMX_ROWS
+        records = padded * max(row_nbytes(digits, 16, in_features) for digits in (1, _EXACT_DIGITS) if digits)
         return self.num_threads * worker + max(sums, records), worker
 
     def linear(
@@ -84,7 +89,7 @@ class CpuLinear:
         holds: object = None
         for part in weight.parts:
             form, first = PACKED[part.dtype], 4 * part.first_row
-            digits = 0 if form.dense else self.digits
+            digits = 0 if form.dense else weight.digits
             wanted = (digits, form.step, form.offset) if digits else "sums"
             steps, source, source_stride = in_features // form.step, x_address, x_stride
             if digits:
@@ -101,13 +106,16 @@ class CpuLinear:
             )  # fmt: skip
             groups, work = -(-part.rows // 16), T * in_features * part.rows
             if digits:
-                forms = integer_kernels(part.dtype, digits)
-                many, few, one = forms.many_rows, forms.few_rows, forms.one_row
-                kernel = one if T == 1 else few if T <= integer_few_rows(digits) else many
-                self._run(kernel, groups, work, *arguments)
+                kernels = integer_kernels(part.dtype, digits)
+                if T <= integer_few_rows(digits):
+                    self._run(kernels.one_row if T == 1 else kernels.few_rows, groups, work, *arguments)
+                else:
+                    many = amx_kernel(part.dtype, digits) if has_amx() else kernels.many_rows
+                    block_rows = max(1, _BLOCK_NBYTES // source_stride // 48) * 48
+                    self._run(many, -(-T // block_rows) * groups, work, *arguments, block_rows)
             elif T > FEW_ROWS:
                 self._run(linear_kernels(part.dtype).many_rows, groups, work, *arguments, prepared)
             else:
-                kernels = linear_kernels(part.dtype)
-                self._run(kernels.one_row if T == 1 else kernels.few_rows, groups, work, *arguments)
+                floats = linear_kernels(part.dtype)
+                self._run(floats.one_row if T == 1 else floats.few_rows, groups, work, *arguments)
         return out

@@ -43,11 +43,23 @@ from tinyllm.backends.cpu_kernels.simd import (
     pointer,
 )
 
-__all__ = ["IntegerKernels", "integer_few_rows", "integer_kernels", "integer_worker_nbytes"]
+__all__ = [
+    "MANY_TILE",
+    "IntegerKernels",
+    "close_step",
+    "first_sums",
+    "integer_few_rows",
+    "integer_kernels",
+    "integer_worker_nbytes",
+    "store_results",
+    "unpack_group_of",
+    "unpacked_step_nbytes",
+    "unpacked_tile_of",
+]
 
 _WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 _FEW_TILE = 4 if _WIDE else 2
-_MANY_TILE = {1: 12, 3: 8} if _WIDE else {1: 4, 3: 3}  # by digits
+MANY_TILE = {1: 12, 3: 8} if _WIDE else {1: 4, 3: 3}  # by digits
 
 i64 = types.int64
 
@@ -78,44 +90,53 @@ def _products(
     return sums
 
 
+def first_sums(b: Builder, form: PackedFormat, digits: int, digit: int, record: Value) -> Value:
+    """What the sums of a row's step begin with: -offset * sum of the digit."""
+    if form.offset == 0:
+        return const_vec(V32, 0)
+    at = scale_at(digits, form.step) + 8 + 4 * digit
+    return emit_splat(b, emit_load(b, record, I32, at, align=4), V32)
+
+
+def close_step(
+    b: Builder, form: PackedFormat, digits: int, record: Value, upper: Value, lower: Value | None,
+    scale: Value, minimum: Value | None, acc: Value,
+) -> Value:  # fmt: skip
+    """A row's acc after a step; upper, lower: 2**8 S_0 + S_1 and S_2, or S_0 and None."""
+    at = scale_at(digits, form.step)
+    total = b.sitofp(upper, VF)
+    if lower is not None:
+        total = emit_fma(b, total, const_vec(VF, 256.0), b.sitofp(lower, VF))
+    if minimum is not None:
+        acc = emit_fma(b, minimum, emit_splat(b, emit_load(b, record, F32, at + 4, align=4)), acc)
+    return emit_fma(b, b.fmul(scale, emit_splat(b, emit_load(b, record, F32, at, align=4))), total, acc)
+
+
 def _one_step(
     b: Builder, form: PackedFormat, digits: int, codes: Codes, scale: Value, minimum: Value | None,
     records: list[Value], accs: list[Value],
 ) -> list[Value]:  # fmt: skip
     """The accs after one step."""
-    at_scale = scale_at(digits, form.step)
 
-    def first_sums(digit: int) -> list[Value]:
-        if form.offset == 0:
-            return [const_vec(V32, 0)] * len(records)
-        at = at_scale + 8 + 4 * digit
-        return [emit_splat(b, emit_load(b, record, I32, at, align=4), V32) for record in records]
+    def products(digit: int, before: list[Value] | None = None) -> list[Value]:
+        sums = [first_sums(b, form, digits, digit, record) for record in records]
+        if before is not None:
+            shifted = [b.shl(total, const_vec(V32, 8)) for total in before]
+            sums = [b.add(x, y) for x, y in zip(shifted, sums, strict=True)] if form.offset else shifted
+        return _products(b, form, codes, digit, records, sums)
 
-    def floats(x: list[Value]) -> list[Value]:
-        return [b.sitofp(total, VF) for total in x]
-
-    def plus(x: list[Value], y: list[Value]) -> list[Value]:
-        return [b.add(i, j) for i, j in zip(x, y, strict=True)] if form.offset else x
-
-    sums = _products(b, form, codes, 0, records, first_sums(0))
+    upper, lower = products(0), None
     if digits == 3:
-        shifted = [b.shl(total, const_vec(V32, 8)) for total in sums]
-        upper = floats(_products(b, form, codes, 1, records, plus(shifted, first_sums(1))))
-        lower = floats(_products(b, form, codes, 2, records, first_sums(2)))
-        two_to_8 = const_vec(VF, 256.0)
-        totals = [emit_fma(b, high, two_to_8, low) for high, low in zip(upper, lower, strict=True)]
-    else:
-        totals = floats(sums)
-    if minimum is not None:
-        accs = [
-            emit_fma(b, minimum, emit_splat(b, emit_load(b, record, F32, at_scale + 4, align=4)), acc)
-            for record, acc in zip(records, accs, strict=True)
-        ]
-    scales = [b.fmul(scale, emit_splat(b, emit_load(b, record, F32, at_scale, align=4))) for record in records]
-    return [emit_fma(b, one, total, acc) for one, total, acc in zip(scales, totals, accs, strict=True)]
+        upper = products(1, upper)
+        lower = products(2)
+    lowers = lower or [None] * len(upper)
+    return [
+        close_step(b, form, digits, record, high, low, scale, minimum, acc)
+        for record, high, low, acc in zip(records, upper, lowers, accs, strict=True)
+    ]
 
 
-def _store_results(b: Builder, accs: list[Value], result: Value) -> None:
+def store_results(b: Builder, accs: list[Value], result: Value) -> None:
     for t, acc in enumerate(accs):
         b.store(acc, pointer(b, result, VF, 64 * t), align=4)
 
@@ -136,23 +157,23 @@ def _packed_tile(form: PackedFormat, digits: int, tile: int) -> Callable[..., No
             records = [b.add(at, b.mul(i, const(record_nbytes(digits, form.step)))) for at in x_rows]
             return _one_step(b, form, digits, lambda: words, step.scale, step.minimum, records, accs)
 
-        _store_results(b, emit_loop(b, const(0), steps, 1, [const_vec(VF, 0.0)] * tile, one_step), result)
+        store_results(b, emit_loop(b, const(0), steps, 1, [const_vec(VF, 0.0)] * tile, one_step), result)
 
     return packed_tile
 
 
-def _unpacked_step_nbytes(form: PackedFormat) -> int:
+def unpacked_step_nbytes(form: PackedFormat) -> int:
     return 16 * form.step + 128
 
 
-def _unpack_group(form: PackedFormat) -> Callable[..., None]:
+def unpack_group_of(form: PackedFormat) -> Callable[..., None]:
     """(group, steps, out): writes the unpacked group."""
 
     @instruction(types.void, *(i64,) * 3)
     def unpack_group(b: Builder, group: Value, steps: Value, out: Value) -> None:
         def one_step(i: Value, _state: list[Value]) -> list[Value]:
             step = form.unpack(b, group, i)
-            at = b.add(out, b.mul(i, const(_unpacked_step_nbytes(form))))
+            at = b.add(out, b.mul(i, const(unpacked_step_nbytes(form))))
             for k, word in step.words:
                 b.store(word, pointer(b, at, V32, 16 * k), align=64)
             for slot, value in ((0, step.scale), (64, step.minimum)):
@@ -165,7 +186,7 @@ def _unpack_group(form: PackedFormat) -> Callable[..., None]:
     return unpack_group
 
 
-def _unpacked_tile(form: PackedFormat, digits: int, tile: int) -> Callable[..., None]:
+def unpacked_tile_of(form: PackedFormat, digits: int, tile: int) -> Callable[..., None]:
     """The same as a packed tile, from an unpacked group."""
 
     @instruction(types.void, *(i64,) * 6)
@@ -175,7 +196,7 @@ def _unpacked_tile(form: PackedFormat, digits: int, tile: int) -> Callable[..., 
         x_rows = [b.add(x, offset) for offset in row_offsets(b, tile, x_stride, rows)]
 
         def one_step(i: Value, accs: list[Value]) -> list[Value]:
-            at = b.add(group, b.mul(i, const(_unpacked_step_nbytes(form))))
+            at = b.add(group, b.mul(i, const(unpacked_step_nbytes(form))))
 
             def codes() -> list[tuple[int, Value]]:
                 return [(k, emit_load(b, at, V32, 16 * k, align=64)) for k in range(0, form.step, 4)]
@@ -185,7 +206,7 @@ def _unpacked_tile(form: PackedFormat, digits: int, tile: int) -> Callable[..., 
             records = [b.add(row, b.mul(i, const(record_nbytes(digits, form.step)))) for row in x_rows]
             return _one_step(b, form, digits, codes, scale, minimum, records, accs)
 
-        _store_results(b, emit_loop(b, const(0), steps, 1, [const_vec(VF, 0.0)] * tile, one_step), result)
+        store_results(b, emit_loop(b, const(0), steps, 1, [const_vec(VF, 0.0)] * tile, one_step), result)
 
     return unpacked_tile
 
@@ -195,7 +216,10 @@ def _unpacked_tile(form: PackedFormat, digits: int, tile: int) -> Callable[..., 
 
 @dataclass(frozen=True)
 class IntegerKernels:
-    """The kernels of one format and number of digits. A task is a group of sixteen outputs."""
+    """The kernels of one format and number of digits.
+
+    A task is a group of sixteen outputs; of many_rows, for `block_rows` rows, which stay in cache from task to task.
+    """
 
     one_row: Kernel
     few_rows: Kernel
@@ -223,22 +247,26 @@ def _packed_kernel(form: PackedFormat, digits: int, tile: int, name: str) -> Ker
 
 
 def _unpacked_kernel(form: PackedFormat, digits: int) -> Kernel:
-    tile = _MANY_TILE[digits]
-    unpack_group, unpacked_tile = _unpack_group(form), _unpacked_tile(form, digits, tile)
+    tile = MANY_TILE[digits]
+    unpack_group, unpacked_tile = unpack_group_of(form), unpacked_tile_of(form, digits, tile)
     step_size = form.step
 
     def unpacked(
         worker: int, begin: int, end: int, weight: int, group_nbytes: int, x: int, x_stride: int, rows: int,
         in_features: int, out_features: int, bias: int, out: int, out_stride: int, scratch: int, scratch_stride: int,
+        block_rows: int,
     ) -> None:  # fmt: skip
         steps = in_features // step_size
         result = scratch + worker * scratch_stride
         codes = result + STAGING_NBYTES
-        for group in range(begin, end):
+        groups = (out_features + 15) // 16
+        for task in range(begin, end):
+            first, group = task // groups * block_rows, task % groups
             unpack_group(weight + group * group_nbytes, steps, codes)
-            for row in range(0, rows, tile):
-                unpacked_tile(codes, x + row * x_stride, x_stride, rows - row, steps, result)
-                n, at = min(tile, rows - row), out + row * out_stride
+            last = min(rows, first + block_rows)
+            for row in range(first, last, tile):
+                unpacked_tile(codes, x + row * x_stride, x_stride, last - row, steps, result)
+                n, at = min(tile, last - row), out + row * out_stride
                 finish_rows(result, n, group, out_features, bias, at, out_stride)
 
     return Kernel(f"integer_linear.many_rows-{digits}-{form.name}", unpacked)

@@ -23,7 +23,7 @@ from numba import types
 
 from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
 from tinyllm.backends.cpu_kernels.jit import Kernel, device, kernel
-from tinyllm.backends.cpu_kernels.linear_rows import MAX_TILE, STAGING_NBYTES, finish_rows, row_offsets
+from tinyllm.backends.cpu_kernels.linear_rows import STAGING_NBYTES, finish_rows, row_offsets
 from tinyllm.backends.cpu_kernels.simd import (
     F32,
     I32,
@@ -49,7 +49,7 @@ __all__ = ["FEW_ROWS", "LinearKernels", "block_sums", "linear_kernels", "worker_
 
 _WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))  # one register holds 16 lanes, and there are 32
 _FEW_TILE = 8 if _WIDE else 4  # rows whose sums stay in registers beside the unpacking
-_MANY_TILE = MAX_TILE if _WIDE else 6
+_MANY_TILE = 12 if _WIDE else 6
 FEW_ROWS = _FEW_TILE  # beyond this many rows, many_rows is faster
 
 i64 = types.int64

@@ -7,7 +7,7 @@ from tinyllm.backends.cpu_kernels.simd import Builder, Value, const, load, load_
 
 __all__ = ["MAX_TILE", "STAGING_NBYTES", "finish_rows", "row_offsets"]
 
-MAX_TILE = 12  # rows
+MAX_TILE = 16  # rows
 STAGING_NBYTES = 64 * MAX_TILE  # a tile's results, sixteen outputs a row
 
 

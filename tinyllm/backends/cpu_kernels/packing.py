@@ -42,10 +42,11 @@ class WeightPart:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A matrix (out, in) in parts of one dtype each."""
+    """A matrix (out, in) in parts of one dtype each; digits: of the activations that meet its quantised parts."""
 
     shape: tuple[int, int]
     parts: tuple[WeightPart, ...]
+    digits: int
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +71,7 @@ def packed_nbytes(parts: Sequence[tuple[str, tuple[int, int]]]) -> int:
     return sum(PACKED[dtype].packed_nbytes((rows, in_features)) for dtype, rows, _, _ in _runs(parts))
 
 
-def pack_matrix(tensors: Sequence[Tensor], run: Run) -> PackedWeight:
+def pack_matrix(tensors: Sequence[Tensor], run: Run, digits: int) -> PackedWeight:
     """Packs tensors (out_i, in), stacked along their rows; `run` runs a kernel over tasks."""
     in_features = tensors[0].shape[1]
     assert all(len(t.shape) == 2 and t.shape[1] == in_features for t in tensors)
@@ -79,7 +80,7 @@ def pack_matrix(tensors: Sequence[Tensor], run: Run) -> PackedWeight:
     for dtype, rows, first, end in _runs([(t.dtype, (t.shape[0], t.shape[1])) for t in tensors]):
         parts.append(_pack_part(tensors[first:end], dtype, first_row, rows, in_features, run))
         first_row += rows
-    return PackedWeight((first_row, in_features), tuple(parts))
+    return PackedWeight((first_row, in_features), tuple(parts), digits)
 
 
 def _pack_part(
