@@ -26,37 +26,22 @@ one part per task and merges afterwards, with the same operations in the same or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-import llvmlite.binding
-from numba import types
-
 from tinyllm.backends.base import SPLIT_KEYS
+from tinyllm.backends.cpu_kernels.attention_tiles import ITEM_NBYTES, ROW_TILE, attention_tiles
 from tinyllm.backends.cpu_kernels.jit import Kernel, device
-from tinyllm.backends.cpu_kernels.online_softmax import TILE_KEYS, softmax_row, start_row
+from tinyllm.backends.cpu_kernels.online_softmax import TILE_KEYS, exponentiate, find_maximum, start_row
 from tinyllm.backends.cpu_kernels.simd import (
-    F32,
-    VF,
-    Builder,
-    Value,
-    const,
-    const_vec,
     copy_floats,
-    emit_fma,
-    emit_load,
-    emit_load_values,
-    emit_loop,
-    emit_splat,
     fma,
-    instruction,
     lane_sum,
     load,
     load_f32,
     load_i32,
     load_i64,
-    pointer,
+    scatter_floats,
     splat,
     store,
     store_f32,
@@ -68,13 +53,7 @@ from tinyllm.backends.cpu_kernels.vmath import exp_scalar
 __all__ = ["NO_WINDOW", "AttentionKernels", "attention_kernels", "partial_nbytes", "query_tile", "scratch_nbytes"]
 
 NO_WINDOW = 1 << 40  # of a layer without a window: more than any sequence's
-_ROW_TILE = 8 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 4  # rows that share loads of K and V
-_TILE_ROWS = (1, 2, 3, 4, _ROW_TILE)
-_QUERY_ROWS = 32  # rows (tokens x heads of one KV head) of a task, about
-_WIDE_VECTORS = 4 if _ROW_TILE == 8 else 2  # of V's sixteen elements that up to four rows multiply at once
-_ITEM_NBYTES = {"f32": 4, "f16": 2, "bf16": 2}
-
-i64 = types.int64
+_QUERY_ROWS = 64  # rows (tokens x heads of one KV head) of a task, about
 
 
 def query_tile(heads_per_kv_head: int) -> int:
@@ -84,7 +63,7 @@ def query_tile(heads_per_kv_head: int) -> int:
 
 def _padded_rows(heads_per_kv_head: int) -> int:
     rows = query_tile(heads_per_kv_head) * heads_per_kv_head
-    return -(-rows // _ROW_TILE) * _ROW_TILE
+    return -(-rows // ROW_TILE) * ROW_TILE
 
 
 def scratch_nbytes(heads_per_kv_head: int, head_dim: int) -> int:
@@ -99,70 +78,14 @@ def partial_nbytes(heads_per_kv_head: int, head_dim: int) -> int:
     return heads_per_kv_head * 4 * (2 + -(-head_dim // 16) * 16)
 
 
-def _row_tile(rows: int, vectors: int, dtype: str, start_at_zero: bool) -> Callable[..., None]:
-    """(a, a_stride, b, b_stride, n, c, c_stride): c[r] += sum over k < n, in order, of a[r][k] * b[k]
-
-    b[k] and c[r] are `vectors` times 16 lanes.
-    """
-
-    @instruction(types.void, *(i64,) * 7)
-    def row_tile(
-        b: Builder, a: Value, a_stride: Value, values: Value, value_stride: Value, n: Value, c: Value, c_stride: Value
-    ) -> None:
-        unroll = 4
-        a_rows = [b.add(a, b.mul(const(r), a_stride)) for r in range(rows)]
-        c_rows = [b.add(c, b.mul(const(r), c_stride)) for r in range(rows)]
-        at_zero = const_vec(VF, 0.0)
-        places = [(r, v) for r in range(rows) for v in range(vectors)]
-        accs = [at_zero if start_at_zero else emit_load(b, c_rows[r], VF, 64 * v, align=4) for r, v in places]
-
-        def multiply(k: Value, accs: list[Value], unroll: int) -> list[Value]:
-            at = b.add(values, b.mul(k, value_stride))
-            for u in range(unroll):
-                row = b.add(at, b.mul(const(u), value_stride))
-                lanes = [emit_load_values(b, row, dtype, 16 * v * _ITEM_NBYTES[dtype]) for v in range(vectors)]
-                offset = b.add(b.mul(k, const(4)), const(4 * u))
-                factors = [emit_splat(b, emit_load(b, a_row, F32, offset, align=4)) for a_row in a_rows]
-                accs = [emit_fma(b, lanes[v], factors[r], acc) for (r, v), acc in zip(places, accs, strict=True)]
-            return accs
-
-        whole = b.and_(n, const(-unroll))
-        accs = emit_loop(b, const(0), whole, unroll, accs, lambda k, accs: multiply(k, accs, unroll))
-        accs = emit_loop(b, whole, n, 1, accs, lambda k, accs: multiply(k, accs, 1))
-        for (r, v), acc in zip(places, accs, strict=True):
-            b.store(acc, pointer(b, c_rows[r], VF, 64 * v), align=4)
-
-    return row_tile
-
-
-def _tiles(vectors: int, dtype: str, start_at_zero: bool) -> Callable[..., None]:
-    """(rows, ...): a row tile of so many rows, at most _ROW_TILE; c has room for the next of _TILE_ROWS."""
-    tiles = [_row_tile(rows, vectors, dtype, start_at_zero) for rows in _TILE_ROWS]
-    one, two, three, four, most = tiles
-
-    @device
-    def run(rows: int, a: int, a_stride: int, b: int, b_stride: int, n: int, c: int, c_stride: int) -> None:
-        if rows == 1:
-            one(a, a_stride, b, b_stride, n, c, c_stride)
-        elif rows == 2:
-            two(a, a_stride, b, b_stride, n, c, c_stride)
-        elif rows == 3:
-            three(a, a_stride, b, b_stride, n, c, c_stride)
-        elif rows == 4:
-            four(a, a_stride, b, b_stride, n, c, c_stride)
-        else:
-            most(a, a_stride, b, b_stride, n, c, c_stride)
-
-    return run
-
-
 @device
 def _scratch_parts(scratch: int, heads: int, head_dim: int) -> tuple[int, int, int, int, int]:
-    """Addresses in a worker's scratch: states, scores (rows, 64), acc and merged acc (rows, D'), q (rows, D).
+    """Addresses in a worker's scratch: states, scores (rows, 64), acc and merged acc (rows, D'), q by tiles of rows,
+    (D, ROW_TILE) each.
 
     A state is 128 bytes: m, 4 bytes unused, the merged m and l, and at byte 64 the sixteen lanes whose sum is l.
     """
-    rows = (max(1, _QUERY_ROWS // heads) * heads + _ROW_TILE - 1) // _ROW_TILE * _ROW_TILE
+    rows = (max(1, _QUERY_ROWS // heads) * heads + ROW_TILE - 1) // ROW_TILE * ROW_TILE
     padded = (head_dim + 15) // 16 * 16
     scores = scratch + 128 * rows
     accs = scores + 4 * TILE_KEYS * rows
@@ -232,33 +155,9 @@ class AttentionKernels:
 
 @cache
 def attention_kernels(dtype: str) -> AttentionKernels:
-    item = _ITEM_NBYTES[dtype]
-    scores_of_rows = _tiles(1, dtype, True)
-    values_of_rows, wide_values_of_rows = _tiles(1, dtype, False), _tiles(_WIDE_VECTORS, dtype, False)
-
-    @device
-    def accumulate(
-        rows: int, probs: int, tile: int, first: int, end: int, v: int, v_block_stride: int, table: int,
-        block_size: int, acc: int, padded: int,
-    ) -> None:  # fmt: skip
-        """acc += probs[j] * V[j] for keys first <= j < end of a tile, ascending, for each of the rows."""
-        key = first
-        while key < end:
-            offset = key % block_size
-            run = min(block_size - offset, end - key)
-            values = v + load_i32(table + 4 * (key // block_size)) * v_block_stride + offset * padded * item
-            weights = probs + 4 * (key - tile)
-            d, stride = 0, padded * item
-            if rows <= 4:
-                while d + 16 * _WIDE_VECTORS <= padded:
-                    wide_values_of_rows(
-                        rows, weights, 4 * TILE_KEYS, values + d * item, stride, run, acc + 4 * d, 4 * padded
-                    )
-                    d += 16 * _WIDE_VECTORS
-            while d < padded:
-                values_of_rows(rows, weights, 4 * TILE_KEYS, values + d * item, stride, run, acc + 4 * d, 4 * padded)
-                d += 16
-            key += run
+    item = ITEM_NBYTES[dtype]
+    tiles = attention_tiles(dtype)
+    scores_of, accumulate = tiles.scores, tiles.values
 
     @device
     def attend_part(
@@ -277,38 +176,61 @@ def attention_kernels(dtype: str) -> AttentionKernels:
         stop = min(end_key, position + (rows - 1) // heads + 1)
         for tile in range(start // TILE_KEYS * TILE_KEYS, stop, TILE_KEYS):
             end_of_tile = min(tile + TILE_KEYS, end_key)
-            for r0 in range(0, rows, _ROW_TILE):
-                n = min(_ROW_TILE, rows - r0)
+            # all scores before all values: a tile of K, then of V, stays in the first cache
+            for r0 in range(0, rows, ROW_TILE):
+                n = min(ROW_TILE, rows - r0)
                 lowest_position, highest_position = position + r0 // heads, position + (r0 + n - 1) // heads
                 first = max(tile, _lowest_key(lowest_position, window, sinks))
                 end = min(end_of_tile, highest_position + 1)
-                if first >= end:
-                    continue
-                row_scores, acc = all_scores + 4 * r0 * TILE_KEYS, accs + 4 * r0 * padded
-                for key in range(first // 16 * 16, end, 16):
-                    block = k + load_i32(table + 4 * (key // block_size)) * k_block_stride
-                    keys = block + key % block_size * head_dim * item
-                    q_rows, score = q + 4 * r0 * head_dim, row_scores + 4 * (key - tile)
-                    scores_of_rows(n, q_rows, 4 * head_dim, keys, 16 * item, head_dim, score, 4 * TILE_KEYS)
+                row_scores, key = all_scores + 4 * r0 * TILE_KEYS, first // 16 * 16
+                while key < end:
+                    key = scores_of(
+                        n, key, end, q + 4 * r0 * head_dim, k, k_block_stride, table, block_size, head_dim,
+                        row_scores + 4 * (key - tile),
+                    )  # fmt: skip
+                for r in range(r0, r0 + n):
+                    p = position + r // heads
+                    row_first, row_end = max(tile, _lowest_key(p, window, sinks)), min(end_of_tile, p + 1)
+                    if row_first < row_end:
+                        find_maximum(
+                            all_scores + 4 * r * TILE_KEYS, tile, row_first, row_end, scale, cap, states + 128 * r,
+                            accs + 4 * r * padded, padded,
+                        )  # fmt: skip
+                for r in range(r0, r0 + n):
+                    p = position + r // heads
+                    if max(tile, _lowest_key(p, window, sinks)) < min(end_of_tile, p + 1):
+                        exponentiate(all_scores + 4 * r * TILE_KEYS, states + 128 * r)
+            for r0 in range(0, rows, ROW_TILE):
+                n = min(ROW_TILE, rows - r0)
+                lowest_position, highest_position = position + r0 // heads, position + (r0 + n - 1) // heads
+                first = max(tile, _lowest_key(lowest_position, window, sinks))
+                end = min(end_of_tile, highest_position + 1)
+                probs, acc = all_scores + 4 * (r0 * TILE_KEYS - tile), accs + 4 * r0 * padded
+                # keys that all of the rows see: the others' probabilities must not meet V, which may be NaN
+                shared_first = max(first, _lowest_key(highest_position, window, sinks))
+                shared_end = min(end, lowest_position + 1)
+                if n == 1 or shared_first >= shared_end:
+                    shared_first = shared_end = end
                 for r in range(n):
                     p = position + (r0 + r) // heads
                     row_first, row_end = max(tile, _lowest_key(p, window, sinks)), min(end_of_tile, p + 1)
-                    if row_first < row_end:
-                        softmax_row(
-                            row_scores + 4 * r * TILE_KEYS, tile, row_first, row_end, scale, cap,
-                            states + 128 * (r0 + r), acc + 4 * r * padded, padded,
-                        )  # fmt: skip
-                same_keys = _lowest_key(highest_position, window, sinks) <= first and lowest_position + 1 >= end
-                if n > 1 and same_keys:
-                    accumulate(n, row_scores, tile, first, end, v, v_block_stride, table, block_size, acc, padded)
-                else:
-                    for r in range(n):
-                        p = position + (r0 + r) // heads
-                        row_first, row_end = max(tile, _lowest_key(p, window, sinks)), min(end_of_tile, p + 1)
+                    before = min(row_end, shared_first)
+                    if row_first < before:
                         accumulate(
-                            1, row_scores + 4 * r * TILE_KEYS, tile, row_first, row_end, v, v_block_stride, table,
+                            1, probs + 4 * r * TILE_KEYS, row_first, before, v, v_block_stride, table,
                             block_size, acc + 4 * r * padded, padded,
                         )  # fmt: skip
+                if shared_first < shared_end:
+                    accumulate(
+                        n, probs, shared_first, shared_end, v, v_block_stride, table, block_size, acc, padded
+                    )
+                    for r in range(n):
+                        row_end = min(end_of_tile, position + (r0 + r) // heads + 1)
+                        if shared_end < row_end:
+                            accumulate(
+                                1, probs + 4 * r * TILE_KEYS, shared_end, row_end, v, v_block_stride, table, block_size,
+                                acc + 4 * r * padded, padded,
+                            )  # fmt: skip
 
     def attention(
         worker: int, begin: int, end: int, q: int, q_stride: int, q_head_stride: int, heads: int, kv_heads: int,
@@ -319,8 +241,10 @@ def attention_kernels(dtype: str) -> AttentionKernels:
         padded = (head_dim + 15) // 16 * 16
         k_head_stride, v_head_stride = block_size * head_dim * item, block_size * padded * item
         states, _, accs, total_accs, scratch_q = _scratch_parts(scratch + worker * scratch_stride, heads, head_dim)
+        tiles = (load_i32(cu_seqlens_q + 4 * sequences) - sequences) // tile_tokens + sequences
         for task in range(begin, end):
-            tile, h = task // parts // kv_heads, task // parts % kv_heads
+            # one head after another: its keys and values stay in a core's own cache from tile to tile
+            h, tile, only_part = task // parts // tiles, task // parts % tiles, task % parts
             # sequence s has the tiles from (cu_seqlens_q[s] - s) // tile_tokens + s: enough, sometimes one to spare
             s, above = 0, sequences
             while above - s > 1:
@@ -340,7 +264,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
             first_part = 0 if early < tokens else 1
             end_part = (position + tokens - 1) // SPLIT_KEYS - first_split + 2
             if results != 0:
-                first_part, end_part = max(first_part, task % parts), min(end_part, task % parts + 1)
+                first_part, end_part = max(first_part, only_part), min(end_part, only_part + 1)
             if tokens <= 0 or first_part >= end_part:
                 continue
             for r in range(tokens * heads):
@@ -358,7 +282,8 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                     for r in range(rows):
                         t, head = first + skipped + r // heads, h * heads + r % heads
                         row_q = source + t * source_stride + head * source_head_stride
-                        copy_floats(row_q, scratch_q + 4 * r * head_dim, head_dim)
+                        place = scratch_q + 4 * (r // ROW_TILE * ROW_TILE * head_dim + r % ROW_TILE)
+                        scatter_floats(row_q, place, head_dim, 4 * ROW_TILE)
                 attend_part(
                     first_key, end_key, rows, heads, position + skipped, part_window, part_sinks, scale, cap, head_dim,
                     k + h * k_head_stride, v + h * v_head_stride, kv_heads * k_head_stride, kv_heads * v_head_stride,
@@ -368,7 +293,8 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                     state, acc = states + 128 * r, accs + 4 * r * padded
                     m, l = load_f32(state), lane_sum(load(state + 64))  # noqa: E741
                     if results != 0:
-                        result = results + (task * heads + r) * 4 * (2 + padded)
+                        slot = (tile * kv_heads + h) * parts + only_part
+                        result = results + (slot * heads + r) * 4 * (2 + padded)
                         store_f32(result, m)
                         store_f32(result + 4, l)
                         copy_floats(acc, result + 8, padded)

@@ -16,9 +16,9 @@ from tinyllm.backends.cpu_kernels.simd import (
     store_f32,
     zeros,
 )
-from tinyllm.backends.cpu_kernels.vmath import exp, exp_scalar, tanh
+from tinyllm.backends.cpu_kernels.vmath import exp_scalar, exp_to_one, tanh
 
-__all__ = ["TILE_KEYS", "softmax_row", "start_row"]
+__all__ = ["TILE_KEYS", "exponentiate", "find_maximum", "softmax_row", "start_row"]
 
 TILE_KEYS = 64  # keys whose scores are exponentiated together
 
@@ -38,6 +38,15 @@ def softmax_row(
 
     Scores are scaled first, then capped where cap > 0. Where m grows, l and acc (columns,) are rescaled.
     """
+    find_maximum(scores, tile, first, end, scale, cap, state, acc, columns)
+    exponentiate(scores, state)
+
+
+@device
+def find_maximum(
+    scores: int, tile: int, first: int, end: int, scale: float, cap: float, state: int, acc: int, columns: int
+) -> None:
+    """The first half of softmax_row: the scores scaled, capped and masked, and m."""
     old_m = load_f32(state)
     top = splat(old_m)
     for at in range(0, TILE_KEYS, 16):
@@ -52,15 +61,21 @@ def softmax_row(
             top = maximum(values, top)
         store(scores + 4 * at, values)
     new_m = lane_max(top)
-    total = load(state + 64)
     if new_m != old_m:
         keep = splat(exp_scalar(old_m - new_m))
-        total = total * keep
+        store(state + 64, load(state + 64) * keep)
         for d in range(0, columns, 16):
             store(acc + 4 * d, load(acc + 4 * d) * keep)
         store_f32(state, new_m)
+
+
+@device
+def exponentiate(scores: int, state: int) -> None:
+    """The second half: exp(score - m) of a whole tile, added to l. Rows apart from each other, it never branches."""
+    m = splat(load_f32(state))
+    total = load(state + 64)
     for at in range(0, TILE_KEYS, 16):
-        probs = exp(load(scores + 4 * at) - splat(new_m))
+        probs = exp_to_one(load(scores + 4 * at) - m)
         store(scores + 4 * at, probs)
         total = total + probs
     store(state + 64, total)

@@ -21,8 +21,8 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 __all__ = [
     "LANES", "Vec", "atomic_add", "atomic_load", "atomic_store", "call_task", "compare_exchange", "copy_floats", "fma",
     "instruction", "iota_mask", "lane_max", "lane_sum", "load", "load_arguments", "load_f32", "load_first", "load_i32",
-    "load_i64", "load_u8", "load_u16", "load_u32", "maximum", "pause", "splat", "sqrt", "sqrt_lanes", "store",
-    "store_f32", "store_first", "store_i64", "store_u8", "store_u16", "store_u32", "zeros",
+    "load_i64", "load_u8", "load_u16", "load_u32", "maximum", "pause", "scatter_floats", "splat", "sqrt", "sqrt_lanes",
+    "store", "store_f32", "store_first", "store_i64", "store_u8", "store_u16", "store_u32", "zeros",
 ]  # fmt: skip
 
 LANES = 16
@@ -308,6 +308,18 @@ def copy_floats(b: Builder, source: Value, target: Value, n: Value) -> None:
         return []
 
     emit_loop(b, const(0), b.mul(n, const(4)), 4, [], copy)
+
+
+@instruction(types.void, i64, i64, i64, i64)
+def scatter_floats(b: Builder, source: Value, target: Value, n: Value, stride: Value) -> None:
+    """n floats, from consecutive places to places `stride` bytes apart."""
+
+    def copy(i: Value, _state: list[Value]) -> list[Value]:
+        value = emit_load(b, source, F32, b.mul(i, const(4)), align=4)
+        b.store(value, pointer(b, target, F32, b.mul(i, stride)), align=4)
+        return []
+
+    emit_loop(b, const(0), n, 1, [], copy)
 
 
 def _loader(result: Any, kind: Any) -> Callable[[int], Any]:

@@ -25,7 +25,7 @@ from tinyllm.backends.cpu_kernels.simd import (
     vec,
 )
 
-__all__ = ["exp", "exp_scalar", "gelu", "silu", "tanh"]
+__all__ = ["exp", "exp_scalar", "exp_to_one", "gelu", "silu", "tanh"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,12 @@ class Lanes:
         holds = self.b.fcmp_ordered(relation, self.value, const_vec(VF, bound))
         return Lanes(self.b, self.b.select(holds, self._lift(if_true), self._lift(if_false)))
 
+    def times_normal_power_of_two(self, shifted: Lanes) -> Lanes:
+        """self * 2**n, where shifted = 1.5 * 2**23 + n and neither 2**n nor the result is subnormal or overflows."""
+        b = self.b
+        exponent = b.shl(b.add(b.bitcast(shifted.value, V32), const_vec(V32, 127)), const_vec(V32, 23))
+        return Lanes(b, b.fmul(self.value, b.bitcast(exponent, VF)))
+
     def times_power_of_two(self, shifted: Lanes) -> Lanes:
         """self * 2**n, where shifted = 1.5 * 2**23 + n. By two factors: n may leave the exponent's range."""
         b = self.b
@@ -82,6 +88,18 @@ def _exp(x: Lanes) -> Lanes:
     """
     x = x.where("<", -110.0, -110.0, x)
     x = x.where(">", 100.0, 100.0, x)
+    p, shifted = _reduced_exp(x)
+    return p.times_power_of_two(shifted)
+
+
+def _exp_to_one(x: Lanes) -> Lanes:
+    """e**x within 2 ulp for x <= 0, and 0 below -87, where results would be subnormal. NaN stays NaN."""
+    p, shifted = _reduced_exp(x.where("<", -87.0, -87.0, x))
+    return x.where("<", -87.0, 0.0, p.times_normal_power_of_two(shifted))
+
+
+def _reduced_exp(x: Lanes) -> tuple[Lanes, Lanes]:
+    """p and 1.5 * 2**23 + n, where e**x = p * 2**n."""
     shifted = x.fma(1.4426950408889634, 12582912.0)
     n = shifted - 12582912.0
     r = n.fma(-0.693145751953125, x)
@@ -89,8 +107,7 @@ def _exp(x: Lanes) -> Lanes:
     p = r.fma(1.9875691500e-4, 1.3981999507e-3)
     for coefficient in (8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5):
         p = p.fma(r, coefficient)
-    p = (p * r).fma(r, r) + 1.0
-    return p.times_power_of_two(shifted)
+    return (p * r).fma(r, r) + 1.0, shifted
 
 
 def _tanh(x: Lanes) -> Lanes:
@@ -123,7 +140,7 @@ def _unary(function: Callable[[Lanes], Lanes]) -> Callable[[Vec], Vec]:
     return made
 
 
-exp, tanh, silu, gelu = (_unary(function) for function in (_exp, _tanh, _silu, _gelu))
+exp, exp_to_one, tanh, silu, gelu = (_unary(function) for function in (_exp, _exp_to_one, _tanh, _silu, _gelu))
 
 
 @instruction(types.float32, types.float32)
