@@ -6,7 +6,21 @@ import numpy as np
 import pytest
 
 from tinyllm.backends.cpu import CpuBackend
+from tinyllm.backends.cpu_kernels.integer_amx import has_amx
 from tinyllm.backends.reference import ReferenceBackend
+
+
+def linear_backend(form: str, threads: int) -> CpuBackend:
+    """A backend whose linear layers take one of the forms that there are: "float32", "digits", "matrix", "int8".
+
+    "matrix" is "digits" on AMX, "int8" the form of digits that the option asks for, on AMX where there is one.
+    """
+    if form == "matrix" and not has_amx():
+        pytest.skip("this CPU has no AMX")
+    backend = CpuBackend(threads, activations="int8" if form == "int8" else "f32")
+    backend.exact_digits = 0 if form == "float32" else 3
+    backend.matrix_unit = has_amx() and form in ("matrix", "int8")
+    return backend
 
 
 @pytest.fixture(scope="session")

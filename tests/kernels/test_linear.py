@@ -5,14 +5,30 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.kernels.conftest import linear_backend
 from tests.kernels.kernel_cases import oracle_values, random_tensor, worst
-from tinyllm.backends.cpu import CpuBackend
 from tinyllm.backends.cpu_kernels.formats import PACKED
 from weights import Tensor
 from weights.quants import FORMATS
 
 DENSE = ("F32", "F16", "BF16")
-ROWS = (1, 2, 3, 4, 5, 8, 9, 12, 13, 17, 64, 257)
+ROWS = (1, 2, 3, 4, 5, 8, 9, 12, 13, 17, 22, 64, 257)
+FORMS = ("float32", "digits", "matrix")
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    return request.param
+
+
+@pytest.fixture
+def cpu(form):
+    return linear_backend(form, 2)
+
+
+@pytest.fixture
+def single(form):
+    return linear_backend(form, 1)
 
 
 def test_every_format_of_the_files_is_packed():
@@ -35,7 +51,8 @@ def test_linear_is_as_exact_as_the_reference(dtype, cpu, reference, rng):
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_rows_have_the_same_bits_in_every_batch(dtype, cpu, single, rng):
+@pytest.mark.parametrize("form", [*FORMS, "int8"], indirect=True)
+def test_rows_have_the_same_bits_in_every_batch(dtype, form, cpu, single, rng):
     in_features = 545 if dtype in DENSE else 768
     tensor = random_tensor(rng, dtype, (83, in_features))
     weight = cpu.load_matrix([tensor])
@@ -48,7 +65,7 @@ def test_rows_have_the_same_bits_in_every_batch(dtype, cpu, single, rng):
         for backend in (cpu, single):
             start = len(x) - rows
             assert np.array_equal(backend.linear(x[start:], weight, bias), alone[start:]), rows
-    three = CpuBackend(3)
+    three = linear_backend(form, 3)
     assert np.array_equal(three.linear(x, weight, bias), alone)
 
 

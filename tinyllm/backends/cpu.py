@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tinyllm.backends.base import SPLIT_KEYS, Batch, F32Array, I32Array, KVCacheSpec
 from tinyllm.backends.cpu_flash_attention import CpuFlashAttention
 from tinyllm.backends.cpu_kernels import attention, rows
+from tinyllm.backends.cpu_kernels.integer_amx import has_amx
 from tinyllm.backends.cpu_kernels.jit import Kernel, address_of
 from tinyllm.backends.cpu_kernels.kv_cache import KVLayer, PagedKVCache, allocate, cache_nbytes, read, write_kernel
 from tinyllm.backends.cpu_kernels.memory import aligned_zeros
@@ -66,6 +67,7 @@ class CpuBackend(CpuLinear, CpuFlashAttention, HostBackend):
     ) -> None:
         self.num_threads = num_threads or _available_cpus()
         self.activations = activations
+        self.matrix_unit = has_amx()
         self._report = on_compile or _print_compiling
         self._reported = False
         self._job = np.zeros(JOB + 64, np.int64)  # the kernel that runs, and its arguments
@@ -116,9 +118,7 @@ class CpuBackend(CpuLinear, CpuFlashAttention, HostBackend):
                 return program
 
     def step_runner(self) -> ProgramSteps:
-        return ProgramSteps(
-            self._record, lambda program: program.run(self._threads), lambda: self._scratch_generation
-        )
+        return ProgramSteps(self._record, lambda program: program.run(self._threads), lambda: self._scratch_generation)
 
     def stage(self, batch: Batch) -> Batch:
         return self._staged.stage(batch)

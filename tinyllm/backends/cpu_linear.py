@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tinyllm.backends.base import F32Array, I32Array
 from tinyllm.backends.cpu_kernels.digits import quantise_kernel, row_nbytes
 from tinyllm.backends.cpu_kernels.formats import PACKED
-from tinyllm.backends.cpu_kernels.integer_amx import AMX_NBYTES, AMX_ROWS, amx_kernel, has_amx
+from tinyllm.backends.cpu_kernels.integer_amx import AMX_NBYTES, AMX_ROWS, amx_kernel
 from tinyllm.backends.cpu_kernels.integer_dot import HAS_VNNI
 from tinyllm.backends.cpu_kernels.integer_linear import integer_few_rows, integer_kernels, integer_worker_nbytes
 from tinyllm.backends.cpu_kernels.jit import Kernel
@@ -27,16 +27,22 @@ from weights import Tensor
 
 __all__ = ["CpuLinear"]
 
-_EXACT_DIGITS = 3 if HAS_VNNI else 0  # 0: activations stay float32
 _BLOCK_NBYTES = 3 << 18  # of the digits that a task's rows have: they stay in a core's own cache
 _OUTPUT_MATRICES = ("lm_head", "embedding")  # canonical names
 
 
 class CpuLinear:
-    """`embedding` and `linear` of `Backend`."""
+    """`load_matrix`, `embedding` and `linear` of `Backend`.
+
+    Attributes:
+        exact_digits: of float32 activations beside quantised weights: 3, or 0 where they stay as they are.
+        matrix_unit: whether AMX multiplies many rows.
+    """
 
     num_threads: int
     activations: str
+    exact_digits: int = 3 if HAS_VNNI else 0
+    matrix_unit: bool
     _address_of: Callable[[NDArray[Any]], int]
 
     def _run(self, kernel: Kernel, tasks: int, work: int, *arguments: int | float) -> None:
@@ -47,7 +53,7 @@ class CpuLinear:
 
     def load_matrix(self, tensors: Sequence[Tensor]) -> PackedWeight:
         rounded = self.activations == "int8" and all(tensor.name not in _OUTPUT_MATRICES for tensor in tensors)
-        return pack_matrix(tensors, self._run, 1 if rounded else _EXACT_DIGITS)
+        return pack_matrix(tensors, self._run, 1 if rounded else self.exact_digits)
 
     def embedding(self, token_ids: I32Array, weight: PackedWeight, *, out: F32Array | None = None) -> F32Array:
         address = self._address_of
@@ -67,7 +73,7 @@ class CpuLinear:
         worker = max(worker_nbytes(in_features), integer_worker_nbytes(in_features) + AMX_NBYTES)
         sums = 4 * rows * (in_features // 32) if rows > FEW_ROWS else 0
         padded = -(-rows // AMX_ROWS) * AMX_ROWS
-        records = padded * max(row_nbytes(digits, 16, in_features) for digits in (1, _EXACT_DIGITS) if digits)
+        records = padded * max(row_nbytes(digits, 16, in_features) for digits in (1, 3))
         return self.num_threads * worker + max(sums, records), worker
 
     def linear(
@@ -110,7 +116,7 @@ class CpuLinear:
                 if T <= integer_few_rows(digits):
                     self._run(kernels.one_row if T == 1 else kernels.few_rows, groups, work, *arguments)
                 else:
-                    many = amx_kernel(part.dtype, digits) if has_amx() else kernels.many_rows
+                    many = amx_kernel(part.dtype, digits) if self.matrix_unit else kernels.many_rows
                     block_rows = max(1, _BLOCK_NBYTES // source_stride // 48) * 48
                     self._run(many, -(-T // block_rows) * groups, work, *arguments, block_rows)
             elif T > FEW_ROWS:

@@ -221,9 +221,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                             block_size, acc + 4 * r * padded, padded,
                         )  # fmt: skip
                 if shared_first < shared_end:
-                    accumulate(
-                        n, probs, shared_first, shared_end, v, v_block_stride, table, block_size, acc, padded
-                    )
+                    accumulate(n, probs, shared_first, shared_end, v, v_block_stride, table, block_size, acc, padded)
                     for r in range(n):
                         row_end = min(end_of_tile, position + (r0 + r) // heads + 1)
                         if shared_end < row_end:

@@ -56,9 +56,7 @@ def _vectors(rows: int) -> int:
     return 2 if rows <= 2 else 1
 
 
-def _multiply(
-    b: Builder, accs: list[Value], lanes: list[Value], factors: Value, rows: int, stride: int
-) -> list[Value]:
+def _multiply(b: Builder, accs: list[Value], lanes: list[Value], factors: Value, rows: int, stride: int) -> list[Value]:
     """accs[r][v] + (the float32 at factors + r * stride bytes) * lanes[v]"""
     broadcast = [emit_splat(b, emit_load(b, factors, F32, stride * r, align=4)) for r in range(rows)]
     places = [(factor, lane) for factor in broadcast for lane in lanes]

@@ -117,9 +117,7 @@ def _amx_tile(form: PackedFormat, digits: int) -> Callable[..., None]:
     used = range(digits)
 
     @instruction(types.void, *(i64,) * 6)
-    def amx_tile(
-        b: Builder, group: Value, x: Value, x_stride: Value, steps: Value, sums: Value, result: Value
-    ) -> None:
+    def amx_tile(b: Builder, group: Value, x: Value, x_stride: Value, steps: Value, sums: Value, result: Value) -> None:
         step_nbytes = const(unpacked_step_nbytes(form))
         last = b.sub(steps, const(1))
         x_rows = [b.add(x, b.mul(const(t), x_stride)) for t in range(AMX_ROWS)]

@@ -197,9 +197,7 @@ def emit_reduce(b: Builder, x: Value, combine: Callable[[Builder, Value, Value],
 
 
 maximum: Callable[[Vec, Vec], Vec] = instruction(vec, vec, vec)(_maximum)
-lane_sum: Callable[[Vec], float] = instruction(f32, vec)(
-    lambda b, x: emit_reduce(b, x, lambda b, x, y: b.fadd(x, y))
-)
+lane_sum: Callable[[Vec], float] = instruction(f32, vec)(lambda b, x: emit_reduce(b, x, lambda b, x, y: b.fadd(x, y)))
 lane_max: Callable[[Vec], float] = instruction(f32, vec)(lambda b, x: emit_reduce(b, x, _maximum))
 
 
