@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numba import types
 
 from tinyllm.backends.cpu import CpuBackend
+from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.jit import kernel
 from tinyllm.backends.cpu_kernels.simd import (
     LANES,

@@ -33,7 +33,7 @@ def test_compiled_kernels_are_kept_and_checked(tmp_path):
     notices, first = run_script(tmp_path)
     assert len(notices) == 1  # however many functions were compiled
     files = sorted(tmp_path.glob("kernels/*/*.bin"))
-    assert {"rows.rms_norm", "threads.run_jobs"} <= {f.name.rpartition("-")[0] for f in files}
+    assert {"rows.rms_norm", "threads.run_jobs"} <= {f.stem for f in files}
     assert run_script(tmp_path) == ([], first)
     for file in files:  # cut short, altered, emptied
         content = bytearray(file.read_bytes())
@@ -131,3 +131,10 @@ def test_workspace_is_known_before(rng):
     context = 16 * tables.shape[1]
     bound = backend.workspace_nbytes(1, 32, 3, 1, 32, context)
     assert 0.8 * bound <= backend._scratch.nbytes <= bound
+
+
+def test_addresses_of_arrays():
+    address = CpuBackend(1)._address_of
+    x = np.zeros((6, 8), np.float32)
+    for array in (x, x[2:, 3:], x.T, x[1], np.zeros(3, np.int32), np.zeros((0, 4), np.float32)):
+        assert address(array) == array.ctypes.data

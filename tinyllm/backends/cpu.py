@@ -72,6 +72,7 @@ class CpuBackend(CpuLinear, CpuFlashAttention, HostBackend):
         self._reported = False
         self._job = np.zeros(JOB + 64, np.int64)  # the kernel that runs, and its arguments
         self._job_address = int(self._job.ctypes.data)
+        self._job_memory = memoryview(self._job).cast("B")
         self._scratch = aligned_zeros(0)
         self._scratch_address = int(self._scratch.ctypes.data)
         self._scratch_generation = 0
@@ -102,7 +103,7 @@ class CpuBackend(CpuLinear, CpuFlashAttention, HostBackend):
             self._program.add(kernel, tasks, chunk, arguments)
             return
         self._job[:JOB] = kernel.address, self._job_address + 8 * JOB, tasks, chunk
-        kernel.pack_into(self._job, 8 * JOB, *arguments)
+        kernel.pack_into(self._job_memory, 8 * JOB, *arguments)
         self._threads.run(self._job_address, 1, parallel=chunk > 0)
 
     def _record(self, step: Callable[[], None]) -> Program:

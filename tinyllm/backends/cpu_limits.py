@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from numba import types
 from numpy.typing import NDArray
 
 from tinyllm.backends.cpu import CpuBackend
+from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.jit import Kernel, kernel
 from tinyllm.backends.cpu_kernels.memory import aligned_zeros
 from tinyllm.backends.cpu_kernels.simd import (

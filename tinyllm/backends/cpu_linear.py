@@ -43,7 +43,10 @@ class CpuLinear:
     activations: str
     exact_digits: int = 3 if HAS_VNNI else 0
     matrix_unit: bool
-    _address_of: Callable[[NDArray[Any]], int]
+
+    @property
+    def _address_of(self) -> Callable[[NDArray[Any]], int]:
+        raise NotImplementedError
 
     def _run(self, kernel: Kernel, tasks: int, work: int, *arguments: int | float) -> None:
         raise NotImplementedError

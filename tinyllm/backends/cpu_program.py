@@ -9,6 +9,7 @@ may have to be compiled, once to record them), and never again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +84,8 @@ class StagedBatches:
         for target, source in zip(buffers, arrays, strict=False):
             target[:] = source
         buffers[-1][:, :columns] = batch.block_tables
-        return Batch(*buffers, staged_extent=batch.extent)
+        names = "token_ids", "positions", "slot_mapping", "cu_seqlens_q", "seq_lens", "block_tables"
+        return replace(batch, **dict(zip(names, buffers, strict=True)), staged_extent=batch.extent)
 
 
 class ProgramSteps:

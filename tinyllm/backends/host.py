@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyllm.backends.base import Batch, F32Array, I32Array
+from tinyllm.backends.base import Batch, F32Array, I32Array, StepRunner
 from weights import Tensor
 
 __all__ = ["EagerSteps", "HostBackend", "available_memory"]
@@ -79,7 +79,7 @@ class HostBackend:
         self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
     ) -> None: ...  # scratch memory grows on demand
 
-    def step_runner(self) -> EagerSteps:
+    def step_runner(self) -> StepRunner:
         return EagerSteps()
 
     def add(self, x: F32Array, y: F32Array) -> None:

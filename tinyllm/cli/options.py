@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -278,9 +279,13 @@ def model_name(args: argparse.Namespace) -> str:
 
 def load_llm(args: argparse.Namespace) -> LLM:
     """Loads the model that the options describe."""
-    from tinyllm.llm import LLM
+    gc.disable()  # what loading makes stays: looking through it again and again is a tenth of the time to a first token
+    try:
+        from tinyllm.llm import LLM
 
-    with naming_options():
-        return LLM(
-            model_name(args), on_event=console.notice, record=getattr(args, "record", None), **engine_options(args)
-        )
+        with naming_options():
+            return LLM(
+                model_name(args), on_event=console.notice, record=getattr(args, "record", None), **engine_options(args)
+            )
+    finally:
+        gc.enable()

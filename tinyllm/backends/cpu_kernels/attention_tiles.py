@@ -13,9 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-import llvmlite.binding
-from numba import types
-
+from tinyllm.backends.cpu_kernels.deferred import types
+from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 from tinyllm.backends.cpu_kernels.jit import device
 from tinyllm.backends.cpu_kernels.online_softmax import TILE_KEYS
 from tinyllm.backends.cpu_kernels.simd import (
@@ -39,7 +38,7 @@ from tinyllm.backends.cpu_kernels.simd import (
 
 __all__ = ["ITEM_NBYTES", "ROW_TILE", "AttentionTiles", "attention_tiles"]
 
-_WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))  # 32 registers of sixteen lanes
+_WIDE = host_cpu().has("avx512f")  # 32 registers of sixteen lanes
 ROW_TILE = 8 if _WIDE else 4  # the most rows that share loads of K and V
 _TILE_ROWS = (1, 2, 3, 4, ROW_TILE)
 _PAIRS = _WIDE  # whether scores of two tiles of keys are summed side by side

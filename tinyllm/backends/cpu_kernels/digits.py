@@ -16,8 +16,8 @@ from __future__ import annotations
 from functools import cache
 
 from llvmlite import ir
-from numba import types
 
+from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.simd import (
     F32,

@@ -36,9 +36,8 @@ import math
 from collections.abc import Callable
 from functools import cache
 
-import llvmlite.binding
-from numba import types
-
+from tinyllm.backends.cpu_kernels.deferred import types
+from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 from tinyllm.backends.cpu_kernels.jit import device, kernel
 from tinyllm.backends.cpu_kernels.online_softmax import TILE_KEYS, softmax_row, start_row
 from tinyllm.backends.cpu_kernels.simd import (
@@ -80,7 +79,7 @@ __all__ = [
 
 TILE = TILE_KEYS  # keys of a tile, and its queries
 _PITCH = 4 * TILE + 64  # bytes of a row of scores; one cache line more than it holds
-_WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+_WIDE = host_cpu().has("avx512f")
 _ROWS, _VECTORS = (8, 2) if _WIDE else (4, 1)  # what one product keeps in registers
 
 i64 = types.int64

@@ -22,12 +22,12 @@ import sys
 from collections.abc import Callable
 from functools import cache
 
-import llvmlite.binding
 from llvmlite import ir
-from numba import types
 
+from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.digits import record_nbytes
 from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
+from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 from tinyllm.backends.cpu_kernels.integer_linear import (
     MANY_TILE,
     close_step,
@@ -70,8 +70,7 @@ i64 = types.int64
 @cache
 def has_amx() -> bool:
     """Whether this process may use AMX; asks Linux for the permission, which a process must do once."""
-    features = llvmlite.binding.get_host_cpu_features()
-    if not (features.get("amx-int8") and features.get("avx512vnni") and sys.platform == "linux"):
+    if not (host_cpu().has("amxint8") and host_cpu().has("avx512vnni") and sys.platform == "linux"):
         return False
     if platform.machine() != "x86_64":
         return False

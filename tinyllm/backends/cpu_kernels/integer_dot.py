@@ -8,17 +8,16 @@ any CPU runs. All give the same integers.
 
 from __future__ import annotations
 
-import llvmlite.binding
 from llvmlite import ir
 
+from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 from tinyllm.backends.cpu_kernels.simd import I8, I16, I32, V32, Builder, Value, const_vec
 
 __all__ = ["HAS_VNNI", "emit_dot4"]
 
-_FEATURES = llvmlite.binding.get_host_cpu_features()
-_VNNI_512 = bool(_FEATURES.get("avx512vnni"))
-_VNNI_256 = bool(_FEATURES.get("avxvnni"))
-_AVX2 = bool(_FEATURES.get("avx2"))
+_VNNI_512 = host_cpu().has("avx512vnni")
+_VNNI_256 = host_cpu().has("avxvnni")
+_AVX2 = host_cpu().has("avx2")
 HAS_VNNI = _VNNI_512 or _VNNI_256
 
 _LOW, _HIGH = list(range(8)), list(range(8, 16))

@@ -18,11 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-import llvmlite.binding
-from numba import types
-
+from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.digits import record_nbytes, scale_at
 from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
+from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 from tinyllm.backends.cpu_kernels.integer_dot import emit_dot4
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.linear_rows import STAGING_NBYTES, finish_rows, row_offsets
@@ -57,7 +56,7 @@ __all__ = [
     "unpacked_tile_of",
 ]
 
-_WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+_WIDE = host_cpu().has("avx512f")
 _FEW_TILE = 4 if _WIDE else 2
 MANY_TILE = {1: 12, 3: 8} if _WIDE else {1: 4, 3: 3}  # by digits
 

@@ -4,15 +4,16 @@ A kernel is a function `f(worker, begin, end, *arguments)` that does the tasks b
 8-byte slots in memory (integers, addresses as integers, or doubles), so that `threads.py` can run any kernel.
 
 The cache lies in the user's cache folder, in a folder named by a digest of these sources, of numba's version and of
-the CPU: an edit anywhere in this package invalidates every kernel. Numba's own cache only looks at the file that
-defines a function, not at the intrinsics it calls, and wants a writable source folder.
+the CPU: an edit anywhere in this package invalidates every kernel. It holds object files, which are loaded without
+numba and, on x86-64 Linux, without LLVM: both are imported only to compile what is not there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import inspect
-import pickle
+import os
 import shutil
 import struct
 import sys
@@ -21,19 +22,15 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-import llvmlite
-import numba
-from numba import njit, types
-from numba.core import compiler
-from numba.core.caching import NullCache
-from numba.core.ccallback import CFunc
-from numba.core.registry import cpu_target
-from numba.core.runtime import rtsys
-from numba.core.serialize import dumps
+import numpy as np
 
+from tinyllm.backends.cpu_kernels.deferred import Deferred
+from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
+from tinyllm.backends.cpu_kernels.object_file import load_object
 from tinyllm.backends.cpu_kernels.simd import load_arguments
 from tinyllm.cache import cache_root
 
@@ -42,18 +39,31 @@ __all__ = ["Function", "Kernel", "address_of", "cache_folder", "device", "kernel
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SLOT = {"int": "q", "float": "d"}  # struct codes of the arguments' slots
-_TASK = types.void(types.intp, types.intp, types.intp, types.intp)  # params, worker, begin, end
+_TASK_ARGUMENTS = 4  # params, worker, begin, end
+_ENTRY = "tinyllm_entry"
 _UNUSED_SECONDS = 30 * 24 * 3600  # folders of older sources go after this long without use
+
+
+def _jit(function: Callable[..., Any], **options: Any) -> Any:
+    from numba import njit
+
+    return njit(error_model="numpy", **options)(function)
 
 
 def device(function: F) -> F:
     """A function that kernels call; it is inlined into them."""
     options = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    compiled: F = njit(error_model="numpy", **options)(function)
-    return compiled
+    return cast(F, Deferred(lambda: _jit(function, **options)))
 
 
 # ---- the cache
+
+
+def _version_of(package: str) -> bytes:
+    """What names a package's version, without importing it."""
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).with_name("_version.py").read_bytes()
 
 
 @cache
@@ -62,8 +72,9 @@ def cache_folder() -> Path:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    versions = (numba.__version__, llvmlite.__version__, sys.implementation.cache_tag)
-    digest.update(repr((versions, cpu_target.target_context.codegen().magic_tuple())).encode())
+    settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
+    versions = (_version_of("numba"), _version_of("llvmlite"), sys.implementation.cache_tag)
+    digest.update(repr((versions, settings, host_cpu().identity)).encode())
     return cache_root() / "kernels" / digest.hexdigest()[:24]
 
 
@@ -73,46 +84,46 @@ def _remove_unused_folders(parent: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class _DiskCache(NullCache):  # type: ignore[misc]
-    """One file per compiled signature: a SHA-256 of the rest, then numba's pickled compile result.
+def _read(name: str) -> bytes | None:
+    """A cached object file; None where it is absent, cut short or altered."""
+    try:
+        content = (cache_folder() / f"{name}.bin").read_bytes()
+    except OSError:
+        return None
+    return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
 
-    A function whose file is absent, cut short or altered is compiled, after a call of `on_compile`. A folder that
-    cannot be written is no error.
-    """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self.on_compile: Callable[[], None] = lambda: None
+def _write(name: str, content: bytes) -> None:
+    """A SHA-256 of the rest, then the object file. A folder that cannot be written is no error."""
+    path = cache_folder() / f"{name}.bin"
+    try:
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True)
+            _remove_unused_folders(path.parent.parent)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            written = Path(folder, path.name)
+            written.write_bytes(hashlib.sha256(content).digest() + content)
+            written.replace(path)
+    except OSError:
+        return
 
-    def path(self, signature: Any) -> Path:
-        overload = hashlib.sha256(str(signature).encode()).hexdigest()[:8]
-        return cache_folder() / f"{self._name}-{overload}.bin"
 
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        rtsys.initialize(target_context)  # of numba's library, all that compiled code calls
+def _build(
+    name: str, function: Callable[[], Callable[..., Any]], arguments: int, on_compile: Callable[[], None]
+) -> int:
+    """The address of a function of int64 arguments, from the cache or compiled after a call of on_compile."""
+    content = _read(name)
+    if content is not None:
         try:
-            content = self.path(sig).read_bytes()
-            if hashlib.sha256(content[32:]).digest() == content[:32]:
-                return compiler.CompileResult._rebuild(target_context, *pickle.loads(content[32:]))
+            return load_object(content, _ENTRY)
         except OSError:
             pass
-        self.on_compile()
-        return None
+    on_compile()
+    from tinyllm.backends.cpu_kernels.compiling import compile_object
 
-    def save_overload(self, sig: Any, data: Any) -> None:
-        assert not data.library.has_dynamic_globals, f"{self._name} holds an address of this process"
-        content = dumps(data._reduce())
-        path = self.path(sig)
-        try:
-            if not path.parent.exists():
-                path.parent.mkdir(parents=True)
-                _remove_unused_folders(path.parent.parent)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                written = Path(folder, path.name)
-                written.write_bytes(hashlib.sha256(content).digest() + content)
-                written.replace(path)
-        except OSError:
-            return
+    content, address = compile_object(function(), arguments, _ENTRY)
+    _write(name, content)
+    return address
 
 
 # ---- kernels
@@ -128,34 +139,32 @@ class Kernel:
 
     def __init__(self, name: str, function: Callable[..., None]) -> None:
         parameters = list(inspect.signature(function).parameters.values())[3:]
-        slots = "".join(_SLOT[str(p.annotation)] for p in parameters)
-        body = njit(error_model="numpy", inline="always")(function)
-
-        # The body is inlined before it is compiled, which numba cannot do through body(..., *arguments): a quarter
-        # of the time that compiling takes.
-        passed = "".join(f", arguments[{i}]" for i in range(len(slots)))
-        # The cached function finds its globals in the module that its scope names.
-        scope: dict[str, Any] = {"__name__": function.__module__, "body": body, "slots": slots}
-        scope["load_arguments"] = load_arguments
-        source = f"""def task(params, worker, begin, end):
-            arguments = load_arguments(params, slots)
-            body(worker, begin, end{passed})"""
-        exec(source, scope)
-
+        self._slots = "".join(_SLOT[str(p.annotation)] for p in parameters)
+        self._function = function
         self.name = name
         self.address = 0
-        self.pack_into = struct.Struct(slots).pack_into
+        self.pack_into = struct.Struct(self._slots).pack_into
         self._building = threading.Lock()  # several backends may meet at a kernel's first use
-        self._cache = _DiskCache(name)
-        self._compiled = CFunc(scope["task"], (_TASK.args, _TASK.return_type), {}, {"error_model": "numpy"})
-        self._compiled._cache = self._cache  # type: ignore[attr-defined]
 
     def build(self, on_compile: Callable[[], None]) -> None:
         """Loads or compiles the kernel; calls on_compile before it compiles."""
         with self._building:
-            self._cache.on_compile = on_compile
-            self._compiled.compile()
-            self.address = int(self._compiled.address or 0)
+            if self.address == 0:
+                self.address = _build(self.name, self._task, _TASK_ARGUMENTS, on_compile)
+
+    def _task(self) -> Callable[..., None]:
+        """What is compiled: takes the arguments out of their slots."""
+        body = _jit(self._function, inline="always")
+        # The body is inlined before it is compiled, which numba cannot do through body(..., *arguments): a quarter
+        # of the time that compiling takes.
+        passed = "".join(f", arguments[{i}]" for i in range(len(self._slots)))
+        scope: dict[str, Any] = {"body": body, "slots": self._slots, "load_arguments": load_arguments}
+        source = f"""def task(params, worker, begin, end):
+            arguments = load_arguments(params, slots)
+            body(worker, begin, end{passed})"""
+        exec(source, scope)
+        task: Callable[..., None] = scope["task"]
+        return task
 
 
 def kernel(function: Callable[..., None]) -> Kernel:
@@ -174,31 +183,44 @@ def kernel(function: Callable[..., None]) -> Kernel:
 
 
 class Function:
-    """A numba function of given signatures, compiled or loaded from the cache by `build`; it releases the GIL."""
+    """A function of int64 arguments that returns one or nothing, as annotated; it is called without the GIL.
 
-    def __init__(self, function: Callable[..., Any], *signatures: tuple[Any, ...]) -> None:
-        self._signatures = signatures
-        self._dispatcher = njit(nogil=True, error_model="numpy")(function)
-        name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-        self._dispatcher._cache = self._cache = _DiskCache(name)
+    It is compiled, or loaded from the cache, by `build`.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._arguments = len(inspect.signature(function).parameters)
+        self._returns = str(inspect.signature(function).return_annotation) != "None"
+        self._name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        self._building = threading.Lock()
+        self._compiled: Callable[..., Any] | None = None
 
     def build(self, on_compile: Callable[[], None]) -> Callable[..., Any]:
         """The compiled function."""
-        if not self._dispatcher.overloads:
-            self._cache.on_compile = on_compile
-            for signature in self._signatures:
-                self._dispatcher.compile(signature)
-            self._dispatcher.disable_compile()
-        compiled: Callable[..., Any] = self._dispatcher
-        return compiled
+        with self._building:
+            if self._compiled is None:
+                address = _build(self._name, lambda: self._function, self._arguments, on_compile)
+                result = ctypes.c_int64 if self._returns else None
+                self._compiled = ctypes.CFUNCTYPE(result, *(ctypes.c_int64,) * self._arguments)(address)
+            return self._compiled
 
 
-def _address_of(array: Any) -> Any:
-    return array.ctypes.data
+# ---- addresses of arrays
+
+_DATA = object.__basicsize__  # where numpy's arrays hold the address of their data: their first field
+_read_address = ctypes.c_int64.from_address
 
 
-_ARRAYS = [types.Array(types.float32, n, "A", readonly=True) for n in (1, 2, 3)]
-_ARRAYS += [types.Array(types.int32, n, "A", readonly=True) for n in (1, 2)]
+def _address_of(array: np.ndarray[Any, Any]) -> int:
+    return _read_address(id(array) + _DATA).value
 
-# The address of an array's first element, in a fifth of the time that array.ctypes.data takes.
-address_of = Function(_address_of, *((array,) for array in _ARRAYS))
+
+class _AddressOf:
+    """The address of an array's first element, in a fifth of the time that array.ctypes.data takes."""
+
+    def build(self, _on_compile: Callable[[], None]) -> Callable[[np.ndarray[Any, Any]], int]:
+        return _address_of
+
+
+address_of = _AddressOf()

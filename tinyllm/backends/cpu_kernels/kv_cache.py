@@ -8,12 +8,12 @@ from functools import cache
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 from numpy.typing import NDArray
 
 from tinyllm.backends.base import F32Array, I32Array, KVCacheSpec
+from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.jit import Kernel
-from tinyllm.backends.cpu_kernels.memory import aligned_zeros
+from tinyllm.backends.cpu_kernels.memory import sparse_zeros
 from tinyllm.backends.cpu_kernels.simd import (
     F16,
     I16,
@@ -75,7 +75,7 @@ def cache_nbytes(spec: KVCacheSpec) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-    return aligned_zeros(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+    return sparse_zeros(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
 
 def allocate(spec: KVCacheSpec) -> PagedKVCache:

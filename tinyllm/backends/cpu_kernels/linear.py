@@ -18,10 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-import llvmlite.binding
-from numba import types
-
+from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
+from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 from tinyllm.backends.cpu_kernels.jit import Kernel, device, kernel
 from tinyllm.backends.cpu_kernels.linear_rows import STAGING_NBYTES, finish_rows, row_offsets
 from tinyllm.backends.cpu_kernels.simd import (
@@ -47,7 +46,7 @@ from tinyllm.backends.cpu_kernels.simd import (
 
 __all__ = ["FEW_ROWS", "LinearKernels", "block_sums", "linear_kernels", "worker_nbytes"]
 
-_WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))  # one register holds 16 lanes, and there are 32
+_WIDE = host_cpu().has("avx512f")  # one register holds 16 lanes, and there are 32
 _FEW_TILE = 8 if _WIDE else 4  # rows whose sums stay in registers beside the unpacking
 _MANY_TILE = 12 if _WIDE else 6
 FEW_ROWS = _FEW_TILE  # beyond this many rows, many_rows is faster

@@ -8,15 +8,13 @@ IEEE 754 says; a fused multiply-add is written as `fma`, and nothing else is eve
 from __future__ import annotations
 
 import inspect
-import operator
 import platform
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from llvmlite import ir
-from numba import types
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from tinyllm.backends.cpu_kernels.deferred import Deferred, resolve, types
 
 __all__ = [
     "LANES", "Vec", "atomic_add", "atomic_load", "atomic_store", "call_task", "compare_exchange", "copy_floats", "fma",
@@ -44,18 +42,13 @@ class Vec(Protocol):
     def __truediv__(self, other: Vec) -> Vec: ...
 
 
-class _VecType(types.Type):  # type: ignore[misc]
-    def __init__(self) -> None:
-        super().__init__(name="f32x16")
+def _make_vec() -> Any:
+    from tinyllm.backends.cpu_kernels import vector_type
+
+    return vector_type.vec
 
 
-vec = _VecType()
-
-
-@register_model(_VecType)
-class _VecModel(models.PrimitiveModel):  # type: ignore[misc]
-    def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, VF)
+vec = Deferred(_make_vec)
 
 
 # ---- emitting LLVM: helpers shared with the kernels that write their inner loops themselves
@@ -139,39 +132,29 @@ def instruction(result: Any, *parameters: Any) -> Callable[[Callable[..., Value]
     """Makes a function for kernels out of `emit(builder, *values)`, given numba's types of its result and arguments."""
 
     def decorate(emit: Callable[..., Value]) -> Callable[..., Any]:
-        def define(_typing_context: Any, *_arguments: Any) -> Any:
-            def codegen(context: Any, b: Builder, _signature: Any, values: Any) -> Value:
-                value = emit(b, *values)
-                return context.get_dummy_value() if result is types.void else value
+        def make() -> Any:
+            from numba.extending import intrinsic
 
-            return result(*parameters), codegen
+            made_result, made_parameters = resolve(result), [resolve(p) for p in parameters]
 
-        define.__name__ = emit.__name__
-        define.__signature__ = inspect.signature(emit)  # type: ignore[attr-defined]  # numba goes by it
-        made: Callable[..., Any] = intrinsic(define)
-        return made
+            def define(_typing_context: Any, *_arguments: Any) -> Any:
+                def codegen(context: Any, b: Builder, _signature: Any, values: Any) -> Value:
+                    value = emit(b, *values)
+                    return context.get_dummy_value() if made_result is resolve(types.void) else value
+
+                return made_result(*made_parameters), codegen
+
+            define.__name__ = emit.__name__
+            define.__signature__ = inspect.signature(emit)  # type: ignore[attr-defined]  # numba goes by it
+            return intrinsic(define)
+
+        return Deferred(make)
 
     return decorate
 
 
 # ---- vector arithmetic
 
-
-def _register_operator(function: Any, emit: Callable[[Builder, Value, Value], Value]) -> None:
-    @infer_global(function)
-    class _Template(AbstractTemplate):  # type: ignore[misc]
-        def generic(self, args: Any, kws: Any) -> Any:
-            return signature(vec, vec, vec) if args == (vec, vec) else None
-
-    @lower_builtin(function, vec, vec)  # type: ignore[untyped-decorator]
-    def _lower(context: Any, builder: Builder, sig: Any, args: Any) -> Value:
-        return emit(builder, *args)
-
-
-_register_operator(operator.add, lambda b, x, y: b.fadd(x, y))
-_register_operator(operator.sub, lambda b, x, y: b.fsub(x, y))
-_register_operator(operator.mul, lambda b, x, y: b.fmul(x, y))
-_register_operator(operator.truediv, lambda b, x, y: b.fdiv(x, y))
 
 f32, i64 = types.float32, types.int64
 
@@ -324,10 +307,10 @@ def _loader(result: Any, kind: Any) -> Callable[[int], Any]:
     def emit(b: Builder, address: Value) -> Value:
         value = emit_load(b, address, kind)
         if isinstance(kind, ir.IntType) and kind.width < 64:
-            value = b.sext(value, I64) if result is types.int32 else b.zext(value, I64)
+            value = b.sext(value, I64) if result == types.int32 else b.zext(value, I64)
         return value
 
-    return instruction(i64 if result is types.int32 else result, i64)(emit)
+    return instruction(i64 if result == types.int32 else result, i64)(emit)
 
 
 def _storer(parameter: Any, kind: Any) -> Callable[[int, Any], None]:
@@ -394,19 +377,24 @@ def call_task(b: Builder, task: Value, params: Value, worker: Value, begin: Valu
     b.call(b.inttoptr(task, function.as_pointer()), [params, worker, begin, end])
 
 
-def _load_arguments(_typing_context: Any, params: Any, slots: Any) -> Any:
-    """The arguments of a kernel as a tuple: 'q' an int64, 'd' a double narrowed to float32."""
-    codes = slots.literal_value
-    result = types.Tuple([i64 if code == "q" else f32 for code in codes])
+def _make_load_arguments() -> Any:
+    from numba.extending import intrinsic
 
-    def codegen(context: Any, b: Builder, sig: Any, values: Any) -> Value:
-        loaded = [
-            emit_load(b, values[0], I64, 8 * i) if code == "q" else b.fptrunc(emit_load(b, values[0], F64, 8 * i), F32)
-            for i, code in enumerate(codes)
-        ]
-        return context.make_tuple(b, result, loaded)
+    int64, float32, tuple_of = resolve(i64), resolve(f32), resolve(types.Tuple)
 
-    return result(i64, slots), codegen
+    def load_arguments(_typing_context: Any, params: Any, slots: Any) -> Any:
+        codes = slots.literal_value
+        result = tuple_of([int64 if code == "q" else float32 for code in codes])
+
+        def codegen(context: Any, b: Builder, sig: Any, values: Any) -> Value:
+            loaded = [emit_load(b, values[0], I64 if code == "q" else F64, 8 * i) for i, code in enumerate(codes)]
+            narrowed = [b.fptrunc(x, F32) if code == "d" else x for x, code in zip(loaded, codes, strict=True)]
+            return context.make_tuple(b, result, narrowed)
+
+        return result(int64, slots), codegen
+
+    return intrinsic(prefer_literal=True)(load_arguments)
 
 
-load_arguments: Callable[[int, str], Any] = intrinsic(prefer_literal=True)(_load_arguments)
+# The arguments of a kernel as a tuple: 'q' an int64, 'd' a double narrowed to float32.
+load_arguments: Callable[[int, str], Any] = Deferred(_make_load_arguments)

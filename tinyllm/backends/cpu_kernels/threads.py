@@ -26,15 +26,18 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import types
+from llvmlite import ir
 
+from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.jit import Function, device
 from tinyllm.backends.cpu_kernels.simd import (
+    Builder,
     atomic_add,
     atomic_load,
     atomic_store,
     call_task,
     compare_exchange,
+    instruction,
     load_i64,
     pause,
 )
@@ -49,9 +52,16 @@ _IDLE_YIELDS = 4096  # times that a helper looks for work, giving its core away 
 _SPINS = 64  # times that a thread looks again at once, before it gives its core away
 _REMAINING = (1 << 32) - 1
 
-_yield = types.ExternalFunction(
-    "SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32()
-)  # gives the core to another thread that wants it
+_YIELD = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
+
+
+@instruction(types.void)
+def _yield(b: Builder) -> None:
+    """Gives the core to another thread that wants it."""
+    function = b.module.globals.get(_YIELD)
+    if function is None:
+        function = ir.Function(b.module, ir.FunctionType(ir.IntType(32), []), _YIELD)
+    b.call(function, [])
 
 
 @device
@@ -132,8 +142,8 @@ def help_jobs(state: int, helper: int) -> None:
 
 
 _FUNCTIONS = (
-    Function(run_jobs, (types.intp,) * 6),
-    Function(help_jobs, (types.intp,) * 2),
+    Function(run_jobs),
+    Function(help_jobs),
 )
 
 
