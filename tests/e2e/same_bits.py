@@ -78,17 +78,19 @@ class FileSetting(Setting):
     """The same over a model in a file."""
 
     path: Path = Path()
+    activations: str = "f32"
 
     def engine(self, *, threads: int | None = None, **options: Any) -> LLMEngine:
-        model = model_in(self.path, threads)
+        model = model_in(self.path, threads, self.activations)
         config = EngineConfig(**{"num_blocks": 64, "max_batch_tokens": 64, "kv_dtype": self.kv_dtype, **options})
         return LLMEngine(model, config, kv_cache_spec(model.config, config, model.backend))
 
 
 @lru_cache
-def model_in(path: Path, threads: int | None) -> Model:
+def model_in(path: Path, threads: int | None, activations: str) -> Model:
     checkpoint = open_checkpoint(path)
-    return load_model(checkpoint, model_config(checkpoint), create_backend("cpu", threads))
+    backend = create_backend("cpu", threads, activations=activations)
+    return load_model(checkpoint, model_config(checkpoint), backend)
 
 
 @dataclass(frozen=True)

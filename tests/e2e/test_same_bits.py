@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.same_bits import ALL, NUM_FORKS, Combination, FileSetting, Run, Setting, alone, run
+from tests.models.quantised_files import make
 from tinyllm.backends import cpu, reference
 from tinyllm.backends.base import Batch
 from tinyllm.backends.reference import ReferenceBackend
@@ -273,6 +274,28 @@ def test_a_real_model_beyond_the_first_split(real_model: Path) -> None:
     setting = FileSetting(path=real_model, prompt_len=258, new_tokens=1)
     chosen = [Combination(48, fork=True), Combination(ALL, warm=True), Combination(100, restore=True, split=33)]
     assert run(setting, chosen, batch=4, block_size=16, threads=2) == []
+
+
+# ---- quantised weights
+
+
+@pytest.mark.parametrize("activations", ["f32", "int8"])
+@pytest.mark.parametrize("kinds", [["Q4_1", "Q8_0"], ["Q6_K", "Q4_K", "Q5_0"]], ids="-".join)
+def test_quantised_weights(kinds: list[str], activations: str, tmp_path: Path) -> None:
+    """A sample of the product, over integer products of few and of many rows."""
+    path, _ = make(tmp_path, kinds)
+    setting = FileSetting(path=path, activations=activations, prompt_len=70, new_tokens=3)
+    chosen = [
+        Combination(1, preempt=True, stride=16),
+        Combination(7, preempt=True, stride=3),
+        Combination(17, fork=True),
+        Combination(ALL, warm=True, preempt=True, fork=True),
+        Combination(16, warm=True, restore=True, split=31),
+    ]
+    failures = run(setting, chosen, batch=17, block_size=16, threads=2, abort=True)
+    failures += run(setting, chosen[1:3], batch=2, block_size=32, threads=1)
+    failures += run(replace(setting, kv_dtype="f16"), chosen[2:4], batch=5, block_size=48, threads=2)
+    assert not failures, "\n".join(failures[:10])
 
 
 # ---- the gate notices what is wrong

@@ -72,7 +72,7 @@ class CpuBackend(CpuLinear, CpuFlashAttention, HostBackend):
         self._reported = False
         self._job = np.zeros(JOB + 64, np.int64)  # the kernel that runs, and its arguments
         self._job_address = int(self._job.ctypes.data)
-        self._job_memory = memoryview(self._job).cast("B")
+        self._job_memory = self._job.data.cast("B")
         self._scratch = aligned_zeros(0)
         self._scratch_address = int(self._scratch.ctypes.data)
         self._scratch_generation = 0
