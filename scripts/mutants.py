@@ -402,8 +402,8 @@ MUTANTS = (
     Mutant(
         "dense attention: the sum is not rescaled",
         ONLINE_SOFTMAX,
-        "        total = total * keep\n",
-        "",
+        "load(state + 64) * keep)",
+        "load(state + 64))",
         DENSE,
     ),
     Mutant(

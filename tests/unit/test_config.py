@@ -81,6 +81,7 @@ def test_a_rope_that_cannot_be_is_refused(change: dict[str, Any]) -> None:
         ({"max_batch_tokens": 1.5}, "max_batch_tokens"),
         ({"num_blocks": 0}, "num_blocks"),
         ({"kv_dtype": "int3"}, "kv_dtype must be one of f32, f16, bf16"),
+        ({"activations": "int4"}, "activations must be one of f32, int8, not 'int4'"),
         ({"num_threads": 0}, "num_threads"),
         ({"debug_checks": 1}, "debug_checks"),
         ({"device": 3}, "device"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllm.backends import create_backend
+from tinyllm.backends import backend_for
 from tinyllm.backends.base import Backend
 from tinyllm.backends.reference import ReferenceBackend
 from tinyllm.cli import main
@@ -34,13 +34,22 @@ def plan_of(name: str, engine: EngineConfig, backend: Backend | None = None) -> 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("device", "kv_dtype", "block_size", "max_batch_tokens"),
-    [("reference", "f32", 16, 512), ("reference", "bf16", 7, 33), ("cpu", "f32", 16, 512), ("cpu", "f16", 48, 33)],
+    [
+        *[("reference", "f32", 16, 512), ("reference", "bf16", 7, 33)],
+        *[("cpu", "f32", 16, 512), ("cpu", "f16", 48, 33), ("cpu int8", "auto", 16, 512)],
+    ],
 )
 def test_the_plan_is_exact(name: str, device: str, kv_dtype: str, block_size: int, max_batch_tokens: int) -> None:
+    device, _, activations = device.partition(" ")
     engine = EngineConfig(
-        kv_dtype=kv_dtype, block_size=block_size, max_batch_tokens=max_batch_tokens, num_blocks=5, device=device
+        kv_dtype=kv_dtype,
+        block_size=block_size,
+        max_batch_tokens=max_batch_tokens,
+        num_blocks=5,
+        device=device,
+        activations=activations or "f32",
     )
-    backend = create_backend(device)
+    backend = backend_for(engine)
     plan = plan_of(name, engine, backend)
     with open_checkpoint(MODELS / name) as checkpoint:
         model = load_model(checkpoint, model_config(checkpoint), backend)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 from llvmlite import ir
 
+from tinyllm.backends.cpu_kernels.half import emit_float_of_half
 from tinyllm.backends.cpu_kernels.simd import (
     LANES,
     V8,
@@ -123,7 +124,7 @@ class PackedFormat:
 
 def _half(b: Builder, block: Value, offset: int) -> Value:
     """Sixteen float16 at `offset` bytes of a row's block."""
-    return b.fpext(emit_load(b, block, VH, LANES * offset), VF)
+    return emit_float_of_half(b, emit_load(b, block, VH, LANES * offset))
 
 
 def _bytes(b: Builder, block: Value, offset: int) -> Value:

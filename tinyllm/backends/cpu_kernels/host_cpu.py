@@ -1,7 +1,12 @@
-"""What this machine's CPU is, without LLVM where the operating system says it."""
+"""What the CPU is that kernels are compiled for, without LLVM where the operating system says it.
+
+NUMBA_CPU_NAME and NUMBA_CPU_FEATURES (say "x86-64-v3" and "+avx2,+fma,+f16c") make numba compile for another one;
+then the kernels take the forms of that one too.
+"""
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 from functools import cache
@@ -36,7 +41,16 @@ def _plain(feature: str) -> str:
 
 @cache
 def host_cpu() -> HostCPU:
-    return _from_proc() or _from_llvm()
+    return _from_settings() or _from_proc() or _from_llvm()
+
+
+def _from_settings() -> HostCPU | None:
+    chosen = os.environ.get("NUMBA_CPU_FEATURES")
+    if chosen is None:
+        return None
+    name = os.environ.get("NUMBA_CPU_NAME", "")
+    present = [feature[1:] for feature in chosen.split(",") if feature.startswith("+")]
+    return HostCPU(f"{name}\n{chosen}", frozenset(map(_plain, present)))
 
 
 def _from_proc() -> HostCPU | None:

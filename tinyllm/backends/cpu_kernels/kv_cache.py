@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tinyllm.backends.base import F32Array, I32Array, KVCacheSpec
 from tinyllm.backends.cpu_kernels.deferred import types
+from tinyllm.backends.cpu_kernels.half import emit_half_of_float
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.memory import sparse_zeros
 from tinyllm.backends.cpu_kernels.simd import (
@@ -109,7 +110,7 @@ def read(layer: KVLayer, slots: I32Array) -> tuple[F32Array, F32Array]:
 @instruction(types.void, types.int64, types.float32)
 def _store_f16(b: Builder, address: Value, value: Value) -> None:
     """Rounded to nearest even; beyond 65504 (and half a step) infinity."""
-    b.store(b.fptrunc(value, F16), pointer(b, address, F16), align=2)
+    b.store(emit_half_of_float(b, value), pointer(b, address, F16), align=2)
 
 
 @instruction(types.void, types.int64, types.float32)

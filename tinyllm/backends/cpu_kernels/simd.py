@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from llvmlite import ir
 
 from tinyllm.backends.cpu_kernels.deferred import Deferred, resolve, types
+from tinyllm.backends.cpu_kernels.half import emit_float_of_half
 
 __all__ = [
     "LANES", "Vec", "atomic_add", "atomic_load", "atomic_store", "call_task", "compare_exchange", "copy_floats", "fma",
@@ -93,7 +94,7 @@ def emit_load_values(b: Builder, address: Value, dtype: str, offset: int | Value
     if dtype == "f32":
         return emit_load(b, address, VF, offset, align=4)
     if dtype == "f16":
-        return b.fpext(emit_load(b, address, VH, offset), VF)
+        return emit_float_of_half(b, emit_load(b, address, VH, offset))
     assert dtype == "bf16"
     upper = b.zext(emit_load(b, address, V16, offset), V32)
     return b.bitcast(b.shl(upper, const_vec(V32, 16)), VF)

@@ -1,0 +1,172 @@
+"""Breaks the CPU's integer products, programs and attention tiles on purpose, and checks that their tests notice.
+
+    python scripts/cpu_mutants.py [NAME ...]    all mutants, or those whose name contains one of the words
+
+See mutants.py. A mutant of the matrix unit survives where the CPU has none.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mutants import Mutant, main
+
+KERNELS = "tinyllm/backends/cpu_kernels/"
+DIGITS, DOT = KERNELS + "digits.py", KERNELS + "integer_dot.py"
+PRODUCTS, MATRIX_UNIT = KERNELS + "integer_linear.py", KERNELS + "integer_amx.py"
+FORMATS, TILES, ATTENTION = KERNELS + "formats.py", KERNELS + "attention_tiles.py", KERNELS + "attention.py"
+LINEAR_OP, PROGRAM, BACKEND = (f"tinyllm/backends/{name}.py" for name in ("cpu_linear", "cpu_program", "cpu"))
+
+INTEGERS = ("tests/kernels/test_integer_linear.py",)
+LINEAR = ("tests/kernels/test_linear.py",)
+PROGRAMS = ("tests/kernels/test_program.py",)
+PAGED = ("tests/kernels/test_attention.py",)
+
+MUTANTS = (
+    Mutant("digits: the exponent is one too small", DIGITS, "b.add(top, _i32(0x20000))", "top", INTEGERS),
+    Mutant("digits: infinities are converted", DIGITS, "_i32(0x7F800000)", "_i32(0x7F900000)", INTEGERS),
+    Mutant("digits: the low digit is not taken from the rest", DIGITS, "b.sub(X, low), eight", "X, eight", INTEGERS),
+    Mutant(
+        "digits: first sums of the wrong sign", DIGITS, "b.sub(_i32(0), b.trunc", "b.add(_i32(0), b.trunc", INTEGERS
+    ),
+    Mutant(
+        "digits: a row's blocks run into the next row",
+        DIGITS,
+        "task // steps, task % steps",
+        "task % 2, task // 2",
+        INTEGERS,
+    ),
+    Mutant("bytes: the eighth bit is left out with AVX2", DOT, "    if bits == 8:\n", "    if bits == 9:\n", INTEGERS),
+    Mutant("bytes: activations are unsigned", DOT, "b.ashr(b.shl(x,", "b.lshr(b.shl(x,", INTEGERS),
+    Mutant(
+        "products: the second digit counts as the first",
+        PRODUCTS,
+        "[b.shl(total, const_vec(V32, 8)) for",
+        "[total for",
+        LINEAR,
+    ),
+    Mutant(
+        "products: without the minimum",
+        PRODUCTS,
+        "    if minimum is not None:\n        acc",
+        "    if False:\n        acc",
+        LINEAR,
+    ),
+    Mutant(
+        "products: sums begin at zero", PRODUCTS, "    if form.offset == 0:\n", "    if form.offset >= 0:\n", LINEAR
+    ),
+    Mutant(
+        "products: a tile's last rows are left out",
+        PRODUCTS,
+        "n, at = min(tile, last - row), out",
+        "n, at = min(tile - 1, last - row), out",
+        LINEAR,
+    ),
+    Mutant(
+        "products: a block of rows ends with the batch",
+        PRODUCTS,
+        "last = min(rows, first + block_rows)",
+        "last = rows if first == 0 else first",
+        INTEGERS,
+    ),
+    Mutant(
+        "matrix unit: sums of the step before",
+        MATRIX_UNIT,
+        "            store(b.add(i, const(1)))\n",
+        "            store(i)\n",
+        LINEAR,
+    ),
+    Mutant(
+        "matrix unit: one buffer of sums",
+        MATRIX_UNIT,
+        "b.and_(i, const(1)), const(3",
+        "b.and_(i, const(0)), const(3",
+        LINEAR,
+    ),
+    Mutant(
+        "matrix unit: the tile is not cleared",
+        MATRIX_UNIT,
+        '                _call(b, "llvm.x86.tilezero", _tile(_SUMS[digit]))\n',
+        "",
+        LINEAR,
+    ),
+    Mutant(
+        "matrix unit: a row too few",
+        MATRIX_UNIT,
+        "n = min(AMX_ROWS, last - row)",
+        "n = min(AMX_ROWS - 1, last - row)",
+        LINEAR,
+    ),
+    Mutant(
+        "formats: a fifth bit of the neighbour",
+        FORMATS,
+        "_bits(b, bits, k, 15), spread",
+        "_bits(b, bits, k ^ 4, 15), spread",
+        LINEAR,
+    ),
+    Mutant(
+        "linear: digits of another offset are kept", LINEAR_OP, "if holds != wanted:\n", "if holds is None:\n", LINEAR
+    ),
+    Mutant("linear: the LM head is rounded", LINEAR_OP, '("lm_head", "embedding")', "()", INTEGERS),
+    Mutant(
+        "programs: a step is recorded at once",
+        PROGRAM,
+        "        if known is not table:\n            step()\n",
+        "        if False:\n            step()\n",
+        PROGRAMS,
+    ),
+    Mutant("programs: whatever its buffers", PROGRAM, "if known is not table:", "if known is None:", PROGRAMS),
+    Mutant("programs: kept when scratch moves", PROGRAM, "            self._seen.clear()\n", "", PROGRAMS),
+    Mutant(
+        "programs: recorded once though scratch moves",
+        BACKEND,
+        "if self._scratch_generation == generation:",
+        "if True:",
+        PROGRAMS,
+    ),
+    Mutant(
+        "programs: recording goes on after an error",
+        BACKEND,
+        "            finally:\n                self._program = None",
+        "            finally:\n                pass",
+        PROGRAMS,
+    ),
+    Mutant(
+        "programs: block tables stay as they were",
+        PROGRAM,
+        "        buffers[-1][:, :columns] = batch.block_tables\n",
+        "",
+        PROGRAMS,
+    ),
+    Mutant(
+        "attention: the second sixteen keys are the first",
+        TILES,
+        "tiles = [keys, more_keys]",
+        "tiles = [keys, keys]",
+        PAGED,
+    ),
+    Mutant(
+        "attention: values of the first block alone",
+        TILES,
+        "number = b.sext(emit_load(b, b.add(table, b.mul(block, const(4))), I32), I64)",
+        "number = b.sext(emit_load(b, table, I32), I64)",
+        PAGED,
+    ),
+    Mutant(
+        "attention: all rows see what one sees",
+        ATTENTION,
+        "shared_end = min(end, lowest_position + 1)",
+        "shared_end = end",
+        PAGED,
+    ),
+    Mutant(
+        "attention: a row's last keys are left out",
+        ATTENTION,
+        "                        if shared_end < row_end:\n",
+        "                        if shared_end > row_end:\n",
+        PAGED,
+    ),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(mutants=MUTANTS))
