@@ -6,6 +6,7 @@ LLVM would call a library for these that processes need not have.
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 from llvmlite import ir
 
@@ -13,20 +14,21 @@ from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 
 __all__ = ["emit_float_of_half", "emit_half_of_float"]
 
-Builder = ir.IRBuilder
-Value = ir.Value
+Builder = Any  # llvmlite.ir.IRBuilder
+Value = Any  # llvmlite.ir.Value
+Type = Any  # llvmlite.ir.Type
 
 _IS_X86 = platform.machine() in ("x86_64", "AMD64")
 _NATIVE = not _IS_X86 or host_cpu().has("f16c")
 _INFINITY = 0x7F800000
 
 
-def _shaped(like: ir.Type, item: ir.Type) -> ir.Type:
+def _shaped(like: Type, item: Type) -> Type:
     """The type `item`, or a vector of as many of them as `like` has."""
     return ir.VectorType(item, like.count) if isinstance(like, ir.VectorType) else item
 
 
-def _constant(kind: ir.Type, value: float) -> Value:
+def _constant(kind: Type, value: float) -> Value:
     return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
 
