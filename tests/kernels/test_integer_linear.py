@@ -12,7 +12,7 @@ from tests.kernels.conftest import linear_backend
 from tests.kernels.kernel_cases import oracle_values, random_tensor
 from tinyllm.backends.cpu import CpuBackend
 from tinyllm.backends.cpu_kernels import integer_dot
-from tinyllm.backends.cpu_kernels.digits import quantise_kernel, record_nbytes, row_nbytes, scale_at
+from tinyllm.backends.cpu_kernels.digits import TILE_ROWS, quantise_kernel, record_nbytes, row_nbytes, scale_at
 from tinyllm.backends.cpu_kernels.formats import PACKED
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.simd import V32, emit_load, i64, instruction, pointer, types
@@ -28,9 +28,10 @@ def quantise(x, digits, step, offset=0):
     T, K = x.shape
     steps, stride = K // step, row_nbytes(digits, step, K)
     out = np.zeros((T, stride), np.uint8)
-    arguments = x.ctypes.data, x.strides[0], steps, offset, out.ctypes.data, stride
-    backend._run(quantise_kernel(digits, step), T * steps, 0, *arguments)
     size, at = record_nbytes(digits, step), scale_at(digits, step)
+    places = TILE_ROWS * stride, stride, size
+    arguments = x.ctypes.data, x.strides[0], steps, offset, out.ctypes.data, *places
+    backend._run(quantise_kernel(digits, step), T * steps, 0, *arguments)
     records = np.ascontiguousarray(out[:, : steps * size]).reshape(T, steps, size)
     values = np.ascontiguousarray(records[..., :at]).view(np.int8).reshape(T, steps, digits, step)
     floats = np.ascontiguousarray(records[..., at : at + 8]).view(np.float32)

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyllm.backends.base import F32Array, I32Array
-from tinyllm.backends.cpu_kernels.digits import quantise_kernel, row_nbytes
+from tinyllm.backends.cpu_kernels.digits import TILE_ROWS, quantise_kernel, record_nbytes, row_nbytes, tile_nbytes
 from tinyllm.backends.cpu_kernels.formats import PACKED
-from tinyllm.backends.cpu_kernels.integer_amx import AMX_NBYTES, AMX_ROWS, amx_kernel
+from tinyllm.backends.cpu_kernels.integer_amx import AMX_NBYTES, amx_kernel
 from tinyllm.backends.cpu_kernels.integer_dot import HAS_VNNI
 from tinyllm.backends.cpu_kernels.integer_linear import integer_few_rows, integer_kernels, integer_worker_nbytes
 from tinyllm.backends.cpu_kernels.jit import Kernel
@@ -36,7 +36,7 @@ class CpuLinear:
 
     Attributes:
         exact_digits: of float32 activations beside quantised weights: 3, or 0 where they stay as they are.
-        matrix_unit: whether AMX multiplies many rows.
+        matrix_unit: whether AMX multiplies many rows of three digits; those of one, vectors multiply as fast.
     """
 
     num_threads: int
@@ -75,8 +75,9 @@ class CpuLinear:
         """The most bytes of scratch of a product, and bytes of one worker, whose parts come first."""
         worker = max(worker_nbytes(in_features), integer_worker_nbytes(in_features) + AMX_NBYTES)
         sums = 4 * rows * (in_features // 32) if rows > FEW_ROWS else 0
-        padded = -(-rows // AMX_ROWS) * AMX_ROWS
-        records = padded * max(row_nbytes(digits, 16, in_features) for digits in (1, 3))
+        tiles = -(-rows // TILE_ROWS)
+        few = min(rows, integer_few_rows()) * row_nbytes(3, 16, in_features)
+        records = max(few, tiles * tile_nbytes(3, 16, in_features))
         return self.num_threads * worker + max(sums, records), worker
 
     def linear(
@@ -102,10 +103,13 @@ class CpuLinear:
             wanted = (digits, form.step, form.offset) if digits else "sums"
             steps, source, source_stride = in_features // form.step, x_address, x_stride
             if digits:
-                source, source_stride = prepared, row_nbytes(digits, form.step, in_features)
+                source, record = prepared, record_nbytes(digits, form.step)
+                row, few = row_nbytes(digits, form.step, in_features), T <= integer_few_rows()
+                source_stride = row if few else tile_nbytes(digits, form.step, in_features)
                 if holds != wanted:
+                    places = (TILE_ROWS * row, row, record) if few else (source_stride, record, TILE_ROWS * record)
                     quantise, work = quantise_kernel(digits, form.step), 4 * T * in_features
-                    self._run(quantise, T * steps, work, x_address, x_stride, steps, form.offset, source, source_stride)
+                    self._run(quantise, T * steps, work, x_address, x_stride, steps, form.offset, source, *places)
             elif T > FEW_ROWS and form.has_minimum and holds != wanted:
                 self._run(block_sums, T, T * in_features, x_address, x_stride, steps, prepared)
             holds = wanted
@@ -116,11 +120,11 @@ class CpuLinear:
             groups, work = -(-part.rows // 16), T * in_features * part.rows
             if digits:
                 kernels = integer_kernels(part.dtype, digits)
-                if T <= integer_few_rows(digits):
+                if few:
                     self._run(kernels.one_row if T == 1 else kernels.few_rows, groups, work, *arguments)
                 else:
-                    many = amx_kernel(part.dtype, digits) if self.matrix_unit else kernels.many_rows
-                    block_rows = max(1, _BLOCK_NBYTES // source_stride // 48) * 48
+                    many = amx_kernel(part.dtype, digits) if self.matrix_unit and digits == 3 else kernels.many_rows
+                    block_rows = max(1, _BLOCK_NBYTES // source_stride) * TILE_ROWS
                     self._run(many, -(-T // block_rows) * groups, work, *arguments, block_rows)
             elif T > FEW_ROWS:
                 self._run(linear_kernels(part.dtype).many_rows, groups, work, *arguments, prepared)

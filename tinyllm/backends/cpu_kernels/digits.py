@@ -9,6 +9,10 @@ lose; dividing by a power of two loses nothing. A block with an infinity or a Na
     | digit 0: step bytes | digit 1 | digit 2 | scale: float32 | sum of x: float32 | -offset * sums of Xi: 3 int32 |
 
 The last are what sums of products with `code` instead of code - offset begin with. Records are padded to 16 bytes.
+A few rows have their records row by row; many have them in tiles, so that a kernel finds a step's rows side by side, at
+constant distances, and a tile's steps one after another:
+
+    [tile of sixteen rows][step][row of the tile] record
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ from tinyllm.backends.cpu_kernels.simd import (
     pointer,
 )
 
-__all__ = ["quantise_kernel", "record_nbytes", "row_nbytes", "scale_at"]
+__all__ = ["TILE_ROWS", "quantise_kernel", "record_nbytes", "row_nbytes", "scale_at", "tile_nbytes"]
+
+TILE_ROWS = 16
 
 i64 = types.int64
 
@@ -51,9 +57,14 @@ def record_nbytes(digits: int, step: int) -> int:
 
 
 def row_nbytes(digits: int, step: int, in_features: int) -> int:
-    """Bytes from one row to the next: an odd number of cache lines, so that rows side by side share no set of them."""
+    """Bytes from one of few rows to the next: an odd number of cache lines, so that their sets in a cache differ."""
     lines = -(-in_features // step * record_nbytes(digits, step) // 64)
     return 64 * (lines | 1)
+
+
+def tile_nbytes(digits: int, step: int, in_features: int) -> int:
+    """Bytes of a tile of rows."""
+    return -(-in_features // step) * TILE_ROWS * record_nbytes(digits, step)
 
 
 def _i32(value: int) -> Value:
@@ -139,15 +150,20 @@ def _quantise_step(digits: int, step: int):  # type: ignore[no-untyped-def]
 
 @cache
 def quantise_kernel(digits: int, step: int) -> Kernel:
-    """A task is a block of a row, blocks of a row first."""
+    """A task is a block of a row, blocks of a row first.
+
+    The record of block i of row r goes to out + r // 16 * tile_stride + r % 16 * row_stride + i * step_stride.
+    """
     quantise_step = _quantise_step(digits, step)
-    record_size = record_nbytes(digits, step)
 
     def quantise(
-        worker: int, begin: int, end: int, x: int, x_stride: int, steps: int, offset: int, out: int, out_stride: int
-    ) -> None:
+        worker: int, begin: int, end: int, x: int, x_stride: int, steps: int, offset: int, out: int, tile_stride: int,
+        row_stride: int, step_stride: int,
+    ) -> None:  # fmt: skip
         for task in range(begin, end):
             row, i = task // steps, task % steps
-            quantise_step(x + row * x_stride + 4 * step * i, offset, out + row * out_stride + record_size * i)
+            tile, t = row // TILE_ROWS, row % TILE_ROWS
+            record = out + tile * tile_stride + t * row_stride + i * step_stride
+            quantise_step(x + row * x_stride + 4 * step * i, offset, record)
 
     return Kernel(f"digits.quantise-{digits}-{step}", quantise)

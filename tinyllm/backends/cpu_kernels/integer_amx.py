@@ -25,7 +25,7 @@ from functools import cache
 from llvmlite import ir
 
 from tinyllm.backends.cpu_kernels.deferred import types
-from tinyllm.backends.cpu_kernels.digits import record_nbytes
+from tinyllm.backends.cpu_kernels.digits import TILE_ROWS, record_nbytes
 from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
 from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 from tinyllm.backends.cpu_kernels.integer_linear import (
@@ -50,14 +50,13 @@ from tinyllm.backends.cpu_kernels.simd import (
     const_vec,
     emit_load,
     emit_loop,
+    emit_order,
     instruction,
     pointer,
 )
 
-__all__ = ["AMX_NBYTES", "AMX_ROWS", "amx_kernel", "has_amx"]
+__all__ = ["AMX_NBYTES", "amx_kernel", "has_amx"]
 
-AMX_ROWS = 16
-_LEAST_ROWS = 6  # of the last tile, below which vectors are faster
 _TILE_NBYTES = 1024
 AMX_NBYTES = 64 + 2 * 3 * _TILE_NBYTES  # scratch of a worker: the configuration, two steps' sums
 _SUMS, _ROWS, _CODES = (0, 1, 2), (4, 5, 6), 7  # tile registers
@@ -96,8 +95,8 @@ def _configure(form: PackedFormat) -> Callable[[int], None]:
         """Palette 1: at byte 16 each tile's bytes in a row (int16), at 48 its rows (int8)."""
         b.store(const_vec(V32, 0), pointer(b, memory, V32), align=64)
         b.store(ir.Constant(I8, 1), pointer(b, memory, I8))
-        shapes = dict.fromkeys(_SUMS, (AMX_ROWS, 64))
-        shapes |= dict.fromkeys(_ROWS, (AMX_ROWS, form.step)) | {_CODES: (form.step // 4, 64)}
+        shapes = dict.fromkeys(_SUMS, (TILE_ROWS, 64))
+        shapes |= dict.fromkeys(_ROWS, (TILE_ROWS, form.step)) | {_CODES: (form.step // 4, 64)}
         for tile, (rows, nbytes) in shapes.items():
             b.store(ir.Constant(I16, nbytes), pointer(b, memory, I16, 16 + 2 * tile))
             b.store(ir.Constant(I8, rows), pointer(b, memory, I8, 48 + tile))
@@ -112,20 +111,19 @@ def _release(b: Builder) -> None:
 
 
 def _amx_tile(form: PackedFormat, digits: int) -> Callable[..., None]:
-    """(group, x, x_stride, steps, sums, result): result[t] = 16 outputs of row t, sixteen rows; group is unpacked."""
-    used = range(digits)
+    """(group, x, steps, sums, result): result[t] = 16 outputs of row t of a tile of records; group is unpacked."""
+    used, record_size = range(digits), record_nbytes(digits, form.step)
 
-    @instruction(types.void, *(i64,) * 6)
-    def amx_tile(b: Builder, group: Value, x: Value, x_stride: Value, steps: Value, sums: Value, result: Value) -> None:
+    @instruction(types.void, *(i64,) * 5)
+    def amx_tile(b: Builder, group: Value, x: Value, steps: Value, sums: Value, result: Value) -> None:
         step_nbytes = const(unpacked_step_nbytes(form))
         last = b.sub(steps, const(1))
-        x_rows = [b.add(x, b.mul(const(t), x_stride)) for t in range(AMX_ROWS)]
 
         def buffer(i: Value) -> Value:
             return b.add(sums, b.mul(b.and_(i, const(1)), const(3 * _TILE_NBYTES)))
 
-        def record(row: Value, i: Value) -> Value:
-            return b.add(row, b.mul(i, const(record_nbytes(digits, form.step))))
+        def records(i: Value) -> Value:
+            return b.add(x, b.mul(i, const(TILE_ROWS * record_size)))
 
         def multiply(i: Value) -> None:
             """Begins the sums of step i, or of the last."""
@@ -133,8 +131,8 @@ def _amx_tile(form: PackedFormat, digits: int) -> Callable[..., None]:
             codes = b.add(group, b.mul(i, step_nbytes))
             _call(b, "llvm.x86.tileloadd64", _tile(_CODES), pointer(b, codes, I8), const(64))
             for digit in used:
-                place = pointer(b, record(x, i), I8, digit * form.step)
-                _call(b, "llvm.x86.tileloadd64", _tile(_ROWS[digit]), place, x_stride)
+                place = pointer(b, records(i), I8, digit * form.step)
+                _call(b, "llvm.x86.tileloadd64", _tile(_ROWS[digit]), place, const(record_size))
                 _call(b, "llvm.x86.tilezero", _tile(_SUMS[digit]))
                 _call(b, "llvm.x86.tdpbsud", _tile(_SUMS[digit]), _tile(_ROWS[digit]), _tile(_CODES))
 
@@ -151,33 +149,36 @@ def _amx_tile(form: PackedFormat, digits: int) -> Callable[..., None]:
             scale = emit_load(b, at, VF, 16 * form.step, align=64)
             minimum = emit_load(b, at, VF, 16 * form.step + 64, align=64) if form.has_minimum else None
             stored, closed = buffer(i), []
-            for t, (row, acc) in enumerate(zip(x_rows, accs, strict=True)):
-                row_record = record(row, i)
+            first = records(i)
+            for t, acc in enumerate(accs):
+                record = b.add(first, const(record_size * t))
+                if t % 4 == 0:
+                    emit_order(b)
 
-                def total(digit: int, t: int = t, row_record: Value = row_record) -> Value:
+                def total(digit: int, t: int = t, record: Value = record) -> Value:
                     loaded = emit_load(b, stored, V32, digit * _TILE_NBYTES + 64 * t, align=64)
-                    return b.add(loaded, first_sums(b, form, digits, digit, row_record)) if form.offset else loaded
+                    return b.add(loaded, first_sums(b, form, digits, digit, record)) if form.offset else loaded
 
                 upper, lower = total(0), None
                 if digits == 3:
                     upper, lower = b.add(b.shl(upper, const_vec(V32, 8)), total(1)), total(2)
-                closed.append(close_step(b, form, digits, row_record, upper, lower, scale, minimum, acc))
+                closed.append(close_step(b, form, digits, record, upper, lower, scale, minimum, acc))
             return closed
 
         multiply(const(0))
         store(const(0))
         multiply(const(1))
-        store_results(b, emit_loop(b, const(0), steps, 1, [const_vec(VF, 0.0)] * AMX_ROWS, one_step), result)
+        store_results(b, emit_loop(b, const(0), steps, 1, [const_vec(VF, 0.0)] * TILE_ROWS, one_step), result)
 
     return amx_tile
 
 
 @cache
 def amx_kernel(dtype: str, digits: int) -> Kernel:
-    """many_rows of IntegerKernels; x has room for a multiple of AMX_ROWS rows, whatever is in those past the last."""
-    form, tile = PACKED[dtype], MANY_TILE[digits]
+    """many_rows of IntegerKernels."""
+    form = PACKED[dtype]
     configure, amx_tile = _configure(form), _amx_tile(form, digits)
-    unpack_group, unpacked_tile = unpack_group_of(form), unpacked_tile_of(form, digits, tile)
+    unpack_group, unpacked_tile = unpack_group_of(form), unpacked_tile_of(form, digits)
     step_size = form.step
 
     def amx_rows(
@@ -195,17 +196,13 @@ def amx_kernel(dtype: str, digits: int) -> Kernel:
             first, group = task // groups * block_rows, task % groups
             unpack_group(weight + group * group_nbytes, steps, codes)
             last = min(rows, first + block_rows)
-            row = first
-            while row < last:
-                at, out_row = x + row * x_stride, out + row * out_stride
-                if last - row >= _LEAST_ROWS:
-                    n = min(AMX_ROWS, last - row)
-                    amx_tile(codes, at, x_stride, steps, sums, result)
-                else:
-                    n = min(tile, last - row)
-                    unpacked_tile(codes, at, x_stride, last - row, steps, result)
-                finish_rows(result, n, group, out_features, bias, out_row, out_stride)
-                row += n
+            for row in range(first, last, TILE_ROWS):
+                n, records = min(TILE_ROWS, last - row), x + row // TILE_ROWS * x_stride
+                if n > MANY_TILE:
+                    amx_tile(codes, records, steps, sums, result)
+                else:  # half a tile: vectors are as fast
+                    unpacked_tile(codes, records, steps, result)
+                finish_rows(result, n, group, out_features, bias, out + row * out_stride, out_stride)
         _release()
 
     return Kernel(f"integer_amx.amx_rows-{digits}-{form.name}", amx_rows)

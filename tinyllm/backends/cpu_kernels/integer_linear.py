@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from tinyllm.backends.cpu_kernels.deferred import types
-from tinyllm.backends.cpu_kernels.digits import record_nbytes, scale_at
+from tinyllm.backends.cpu_kernels.digits import TILE_ROWS, record_nbytes, scale_at
 from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
 from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 from tinyllm.backends.cpu_kernels.integer_dot import emit_dot4
@@ -58,12 +58,12 @@ __all__ = [
 
 _WIDE = host_cpu().has("avx512f")
 _FEW_TILE = 4 if _WIDE else 2
-MANY_TILE = {1: 12, 3: 8} if _WIDE else {1: 4, 3: 3}  # by digits
+MANY_TILE = 8 if _WIDE else 4  # divides TILE_ROWS
 
 i64 = types.int64
 
 
-def integer_few_rows(digits: int) -> int:
+def integer_few_rows() -> int:
     """Beyond this many rows, many_rows is faster."""
     return _FEW_TILE
 
@@ -185,15 +185,12 @@ def unpack_group_of(form: PackedFormat) -> Callable[..., None]:
     return unpack_group
 
 
-def unpacked_tile_of(form: PackedFormat, digits: int, tile: int) -> Callable[..., None]:
-    """The same as a packed tile, from an unpacked group."""
+def unpacked_tile_of(form: PackedFormat, digits: int) -> Callable[..., None]:
+    """(group, x, steps, result): the same for MANY_TILE rows of a tile of records, from an unpacked group."""
+    record = record_nbytes(digits, form.step)
 
-    @instruction(types.void, *(i64,) * 6)
-    def unpacked_tile(
-        b: Builder, group: Value, x: Value, x_stride: Value, rows: Value, steps: Value, result: Value
-    ) -> None:
-        x_rows = [b.add(x, offset) for offset in row_offsets(b, tile, x_stride, rows)]
-
+    @instruction(types.void, *(i64,) * 4)
+    def unpacked_tile(b: Builder, group: Value, x: Value, steps: Value, result: Value) -> None:
         def one_step(i: Value, accs: list[Value]) -> list[Value]:
             at = b.add(group, b.mul(i, const(unpacked_step_nbytes(form))))
 
@@ -202,10 +199,12 @@ def unpacked_tile_of(form: PackedFormat, digits: int, tile: int) -> Callable[...
 
             scale = emit_load(b, at, VF, 16 * form.step, align=64)
             minimum = emit_load(b, at, VF, 16 * form.step + 64, align=64) if form.has_minimum else None
-            records = [b.add(row, b.mul(i, const(record_nbytes(digits, form.step)))) for row in x_rows]
+            first = b.add(x, b.mul(i, const(TILE_ROWS * record)))
+            records = [b.add(first, const(record * t)) for t in range(MANY_TILE)]
             return _one_step(b, form, digits, codes, scale, minimum, records, accs)
 
-        store_results(b, emit_loop(b, const(0), steps, 1, [const_vec(VF, 0.0)] * tile, one_step), result)
+        zero = const_vec(VF, 0.0)
+        store_results(b, emit_loop(b, const(0), steps, 1, [zero] * MANY_TILE, one_step), result)
 
     return unpacked_tile
 
@@ -218,6 +217,7 @@ class IntegerKernels:
     """The kernels of one format and number of digits.
 
     A task is a group of sixteen outputs; of many_rows, for `block_rows` rows, which stay in cache from task to task.
+    Records of many rows are in tiles, x_stride bytes from one to the next; block_rows is a multiple of a tile's.
     """
 
     one_row: Kernel
@@ -246,9 +246,8 @@ def _packed_kernel(form: PackedFormat, digits: int, tile: int, name: str) -> Ker
 
 
 def _unpacked_kernel(form: PackedFormat, digits: int) -> Kernel:
-    tile = MANY_TILE[digits]
-    unpack_group, unpacked_tile = unpack_group_of(form), unpacked_tile_of(form, digits, tile)
-    step_size = form.step
+    unpack_group, unpacked_tile = unpack_group_of(form), unpacked_tile_of(form, digits)
+    step_size, record = form.step, record_nbytes(digits, form.step)
 
     def unpacked(
         worker: int, begin: int, end: int, weight: int, group_nbytes: int, x: int, x_stride: int, rows: int,
@@ -263,9 +262,10 @@ def _unpacked_kernel(form: PackedFormat, digits: int) -> Kernel:
             first, group = task // groups * block_rows, task % groups
             unpack_group(weight + group * group_nbytes, steps, codes)
             last = min(rows, first + block_rows)
-            for row in range(first, last, tile):
-                unpacked_tile(codes, x + row * x_stride, x_stride, last - row, steps, result)
-                n, at = min(tile, last - row), out + row * out_stride
+            for row in range(first, last, MANY_TILE):
+                records = x + row // TILE_ROWS * x_stride + row % TILE_ROWS * record
+                unpacked_tile(codes, records, steps, result)
+                n, at = min(MANY_TILE, last - row), out + row * out_stride
                 finish_rows(result, n, group, out_features, bias, at, out_stride)
 
     return Kernel(f"integer_linear.many_rows-{digits}-{form.name}", unpacked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tinyllm.backends.cpu_kernels.jit import device
-from tinyllm.backends.cpu_kernels.simd import Builder, Value, const, load, load_first, store_first
+from tinyllm.backends.cpu_kernels.simd import Builder, Value, const, load, load_first, store, store_first, zeros
 
 __all__ = ["MAX_TILE", "STAGING_NBYTES", "finish_rows", "row_offsets"]
 
@@ -21,9 +21,13 @@ def row_offsets(b: Builder, tile: int, stride: Value, rows: Value) -> list[Value
 def finish_rows(result: int, rows: int, group: int, out_features: int, bias: int, out: int, out_stride: int) -> None:
     """Row t of `out` gets the group's outputs, result[t] + bias; those past out_features are left out."""
     first = 16 * group
-    lanes = min(16, out_features - first)
+    lanes = out_features - first
+    at = out + 4 * first
+    if lanes >= 16 and bias == 0:
+        for t in range(rows):
+            store(at + t * out_stride, load(result + 64 * t))
+        return
+    added = load_first(bias + 4 * first, lanes) if bias != 0 else zeros()
     for t in range(rows):
         values = load(result + 64 * t)
-        if bias != 0:
-            values = values + load_first(bias + 4 * first, lanes)
-        store_first(out + t * out_stride + 4 * first, values, lanes)
+        store_first(at + t * out_stride, values + added if bias != 0 else values, lanes)

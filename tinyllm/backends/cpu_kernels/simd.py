@@ -76,6 +76,11 @@ def emit_load(b: Builder, address: Value, kind: Any, offset: int | Value = 0, al
     return b.load(pointer(b, address, kind, offset), align=align)
 
 
+def emit_order(b: Builder) -> None:
+    """Memory is not accessed across this place: LLVM would load ahead until it ran out of registers."""
+    b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
+
+
 def emit_splat(b: Builder, scalar: Value, kind: Any = VF) -> Value:
     undefined = ir.Constant(kind, ir.Undefined)
     first = b.insert_element(undefined, scalar, ir.Constant(I32, 0))
