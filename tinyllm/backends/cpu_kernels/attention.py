@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from tinyllm.backends.base import SPLIT_KEYS
-from tinyllm.backends.cpu_kernels.attention_tiles import ITEM_NBYTES, ROW_TILE, attention_tiles
+from tinyllm.backends.cpu_kernels.attention_tiles import ITEM_NBYTES, ROW_TILE, attention_tiles, staged_tiles
 from tinyllm.backends.cpu_kernels.jit import Kernel, device
 from tinyllm.backends.cpu_kernels.online_softmax import TILE_KEYS, exponentiate, find_maximum, start_row
 from tinyllm.backends.cpu_kernels.simd import (
@@ -70,7 +70,8 @@ def scratch_nbytes(heads_per_kv_head: int, head_dim: int) -> int:
     """Bytes that a worker needs, as `scratch_parts` divides them."""
     padded = -(-head_dim // 16) * 16
     per_row = 128 + 4 * (TILE_KEYS + 2 * padded + head_dim)
-    return -(-_padded_rows(heads_per_kv_head) * per_row // 64) * 64
+    tiles = 4 * TILE_KEYS * (head_dim + padded)
+    return -(-(_padded_rows(heads_per_kv_head) * per_row + tiles) // 64) * 64
 
 
 def partial_nbytes(heads_per_kv_head: int, head_dim: int) -> int:
@@ -79,9 +80,9 @@ def partial_nbytes(heads_per_kv_head: int, head_dim: int) -> int:
 
 
 @device
-def _scratch_parts(scratch: int, heads: int, head_dim: int) -> tuple[int, int, int, int, int]:
+def _scratch_parts(scratch: int, heads: int, head_dim: int) -> tuple[int, int, int, int, int, int]:
     """Addresses in a worker's scratch: states, scores (rows, 64), acc and merged acc (rows, D'), q by tiles of rows,
-    (D, ROW_TILE) each.
+    (D, ROW_TILE) each, a tile of keys (4, D, 16) and values (64, D').
 
     A state is 128 bytes: m, 4 bytes unused, the merged m and l, and at byte 64 the sixteen lanes whose sum is l.
     """
@@ -90,7 +91,8 @@ def _scratch_parts(scratch: int, heads: int, head_dim: int) -> tuple[int, int, i
     scores = scratch + 128 * rows
     accs = scores + 4 * TILE_KEYS * rows
     total_accs = accs + 4 * padded * rows
-    return scratch, scores, accs, total_accs, total_accs + 4 * padded * rows
+    q = total_accs + 4 * padded * rows
+    return scratch, scores, accs, total_accs, q, q + 4 * head_dim * rows
 
 
 @device
@@ -157,7 +159,20 @@ class AttentionKernels:
 def attention_kernels(dtype: str) -> AttentionKernels:
     item = ITEM_NBYTES[dtype]
     tiles = attention_tiles(dtype)
-    scores_of, accumulate = tiles.scores, tiles.values
+    scores_of, accumulate, stage = tiles.scores, tiles.values, tiles.stage
+    staged = staged_tiles()
+    staged_scores_of, staged_accumulate = staged.scores, staged.values
+
+    @device
+    def add_values(
+        is_staged: bool, rows: int, probs: int, first: int, end: int, v: int, v_block_stride: int, table: int,
+        block_size: int, tile_values: int, acc: int, padded: int,
+    ) -> None:  # fmt: skip
+        """acc += probs[j] * V[j] for keys first <= j < end of a tile, ascending, for each of the rows."""
+        if is_staged:
+            staged_accumulate(rows, probs, first, end, tile_values, acc, padded)
+        else:
+            accumulate(rows, probs, first, end, v, v_block_stride, table, block_size, acc, padded)
 
     @device
     def attend_part(
@@ -167,7 +182,9 @@ def attention_kernels(dtype: str) -> AttentionKernels:
     ) -> None:  # fmt: skip
         """One part for rows whose q lies in scratch; row r is at position + r // heads. Leaves m, l, acc there."""
         padded = (head_dim + 15) // 16 * 16
-        states, all_scores, accs, _, q = _scratch_parts(scratch, heads, head_dim)
+        states, all_scores, accs, _, q, tile_keys = _scratch_parts(scratch, heads, head_dim)
+        tile_values = tile_keys + 4 * TILE_KEYS * head_dim
+        is_staged = rows > ROW_TILE  # several tiles of rows meet each tile of keys
         for r in range(rows):
             start_row(states + 128 * r)
             for d in range(0, padded, 16):
@@ -176,6 +193,12 @@ def attention_kernels(dtype: str) -> AttentionKernels:
         stop = min(end_key, position + (rows - 1) // heads + 1)
         for tile in range(start // TILE_KEYS * TILE_KEYS, stop, TILE_KEYS):
             end_of_tile = min(tile + TILE_KEYS, end_key)
+            if is_staged:
+                stage(
+                    max(tile, start), min(end_of_tile, stop), k, v, k_block_stride, v_block_stride, table, block_size,
+                    head_dim, tile_keys, tile_values,
+                )  # fmt: skip
+            first_values = tile_values - 4 * tile * padded
             # all scores before all values: a tile of K, then of V, stays in the first cache
             for r0 in range(0, rows, ROW_TILE):
                 n = min(ROW_TILE, rows - r0)
@@ -183,11 +206,13 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                 first = max(tile, _lowest_key(lowest_position, window, sinks))
                 end = min(end_of_tile, highest_position + 1)
                 row_scores, key = all_scores + 4 * r0 * TILE_KEYS, first // 16 * 16
+                q_rows = q + 4 * r0 * head_dim
                 while key < end:
-                    key = scores_of(
-                        n, key, end, q + 4 * r0 * head_dim, k, k_block_stride, table, block_size, head_dim,
-                        row_scores + 4 * (key - tile),
-                    )  # fmt: skip
+                    place = row_scores + 4 * (key - tile)
+                    if is_staged:
+                        key = staged_scores_of(n, key, end, q_rows, tile_keys, head_dim, place)
+                    else:
+                        key = scores_of(n, key, end, q_rows, k, k_block_stride, table, block_size, head_dim, place)
                 for r in range(r0, r0 + n):
                     p = position + r // heads
                     row_first, row_end = max(tile, _lowest_key(p, window, sinks)), min(end_of_tile, p + 1)
@@ -216,18 +241,21 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                     row_first, row_end = max(tile, _lowest_key(p, window, sinks)), min(end_of_tile, p + 1)
                     before = min(row_end, shared_first)
                     if row_first < before:
-                        accumulate(
-                            1, probs + 4 * r * TILE_KEYS, row_first, before, v, v_block_stride, table,
-                            block_size, acc + 4 * r * padded, padded,
+                        add_values(
+                            is_staged, 1, probs + 4 * r * TILE_KEYS, row_first, before, v, v_block_stride, table,
+                            block_size, first_values, acc + 4 * r * padded, padded,
                         )  # fmt: skip
                 if shared_first < shared_end:
-                    accumulate(n, probs, shared_first, shared_end, v, v_block_stride, table, block_size, acc, padded)
+                    add_values(
+                        is_staged, n, probs, shared_first, shared_end, v, v_block_stride, table, block_size,
+                        first_values, acc, padded,
+                    )  # fmt: skip
                     for r in range(n):
                         row_end = min(end_of_tile, position + (r0 + r) // heads + 1)
                         if shared_end < row_end:
-                            accumulate(
-                                1, probs + 4 * r * TILE_KEYS, shared_end, row_end, v, v_block_stride, table, block_size,
-                                acc + 4 * r * padded, padded,
+                            add_values(
+                                is_staged, 1, probs + 4 * r * TILE_KEYS, shared_end, row_end, v, v_block_stride, table,
+                                block_size, first_values, acc + 4 * r * padded, padded,
                             )  # fmt: skip
 
     def attention(
@@ -238,7 +266,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
     ) -> None:  # fmt: skip
         padded = (head_dim + 15) // 16 * 16
         k_head_stride, v_head_stride = block_size * head_dim * item, block_size * padded * item
-        states, _, accs, total_accs, scratch_q = _scratch_parts(scratch + worker * scratch_stride, heads, head_dim)
+        states, _, accs, total_accs, scratch_q, _ = _scratch_parts(scratch + worker * scratch_stride, heads, head_dim)
         tiles = (load_i32(cu_seqlens_q + 4 * sequences) - sequences) // tile_tokens + sequences
         for task in range(begin, end):
             # one head after another: its keys and values stay in a core's own cache from tile to tile
@@ -312,7 +340,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
         scratch_stride: int,
     ) -> None:  # fmt: skip
         padded = (head_dim + 15) // 16 * 16
-        states, _, _, total_acc, _ = _scratch_parts(scratch + worker * scratch_stride, heads, head_dim)
+        states, _, _, total_acc, _, _ = _scratch_parts(scratch + worker * scratch_stride, heads, head_dim)
         for task in range(begin, end):
             s, h = task // kv_heads, task % kv_heads
             position = load_i32(seq_lens + 4 * s) - 1

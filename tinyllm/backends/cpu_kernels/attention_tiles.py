@@ -15,7 +15,7 @@ from functools import cache
 
 from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
-from tinyllm.backends.cpu_kernels.jit import device
+from tinyllm.backends.cpu_kernels.jit import called, device
 from tinyllm.backends.cpu_kernels.online_softmax import TILE_KEYS
 from tinyllm.backends.cpu_kernels.simd import (
     F32,
@@ -36,7 +36,7 @@ from tinyllm.backends.cpu_kernels.simd import (
     pointer,
 )
 
-__all__ = ["ITEM_NBYTES", "ROW_TILE", "AttentionTiles", "attention_tiles"]
+__all__ = ["ITEM_NBYTES", "ROW_TILE", "AttentionTiles", "StagedTiles", "attention_tiles", "staged_tiles"]
 
 _WIDE = host_cpu().has("avx512f")  # 32 registers of sixteen lanes
 ROW_TILE = 8 if _WIDE else 4  # the most rows that share loads of K and V
@@ -98,6 +98,27 @@ def _score_tile(rows: int, key_tiles: int, dtype: str) -> Callable[..., None]:
     return score_tile
 
 
+def _sum_keys(
+    b: Builder, dtype: str, shape: tuple[int, int], n: Value, row: Value, v_stride: Value, probs: Value,
+    accs: list[Value],
+) -> list[Value]:  # fmt: skip
+    """accs + probs[r][j] * V[j] for j in range(n); shape: rows, vectors; row: V's first; probs: of the first key."""
+    rows, vectors = shape
+
+    def one_key(j: Value, accs: list[Value]) -> list[Value]:
+        at = b.add(row, b.mul(j, v_stride))
+        lanes = [emit_load_values(b, at, dtype, 16 * i * ITEM_NBYTES[dtype]) for i in range(vectors)]
+        return _multiply(b, accs, lanes, b.add(probs, b.mul(j, const(4))), rows, 4 * TILE_KEYS)
+
+    return _unrolled(b, n, accs, one_key)
+
+
+def _places(b: Builder, rows: int, vectors: int, acc: Value, acc_stride: Value) -> list[Value]:
+    return [
+        pointer(b, b.add(acc, b.mul(const(r), acc_stride)), VF, 64 * i) for r in range(rows) for i in range(vectors)
+    ]
+
+
 def _value_tile(rows: int, vectors: int, dtype: str) -> Callable[..., None]:
     """(probs, first, end, v, v_block_stride, v_stride, table, block_size, acc, acc_stride)
 
@@ -110,9 +131,7 @@ def _value_tile(rows: int, vectors: int, dtype: str) -> Callable[..., None]:
         b: Builder, probs: Value, first: Value, end: Value, v: Value, v_block_stride: Value, v_stride: Value,
         table: Value, block_size: Value, acc: Value, acc_stride: Value,
     ) -> None:  # fmt: skip
-        places = [
-            pointer(b, b.add(acc, b.mul(const(r), acc_stride)), VF, 64 * i) for r in range(rows) for i in range(vectors)
-        ]
+        places = _places(b, rows, vectors, acc, acc_stride)
 
         def one_block(block: Value, accs: list[Value]) -> list[Value]:
             start = b.mul(block, block_size)
@@ -121,14 +140,8 @@ def _value_tile(rows: int, vectors: int, dtype: str) -> Callable[..., None]:
             high = b.select(b.icmp_signed("<", end, stop), end, stop)
             number = b.sext(emit_load(b, b.add(table, b.mul(block, const(4))), I32), I64)
             row = b.add(v, b.add(b.mul(number, v_block_stride), b.mul(b.sub(low, start), v_stride)))
-            factors = b.add(probs, b.mul(low, const(4)))
-
-            def one_key(j: Value, accs: list[Value]) -> list[Value]:
-                at = b.add(row, b.mul(j, v_stride))
-                lanes = [emit_load_values(b, at, dtype, 16 * i * ITEM_NBYTES[dtype]) for i in range(vectors)]
-                return _multiply(b, accs, lanes, b.add(factors, b.mul(j, const(4))), rows, 4 * TILE_KEYS)
-
-            return _unrolled(b, b.sub(high, low), accs, one_key)
+            low_probs = b.add(probs, b.mul(low, const(4)))
+            return _sum_keys(b, dtype, (rows, vectors), b.sub(high, low), row, v_stride, low_probs, accs)
 
         last = b.sdiv(b.sub(end, const(1)), block_size)
         blocks = b.sdiv(first, block_size), b.add(last, const(1))
@@ -137,6 +150,41 @@ def _value_tile(rows: int, vectors: int, dtype: str) -> Callable[..., None]:
             b.store(one, place, align=4)
 
     return value_tile
+
+
+def _staged_value_tile(rows: int, vectors: int) -> Callable[..., None]:
+    """(probs, first, end, v, v_stride, acc, acc_stride): the same of float32 rows that lie one after another."""
+
+    @instruction(types.void, *(i64,) * 7)
+    def value_tile(
+        b: Builder, probs: Value, first: Value, end: Value, v: Value, v_stride: Value, acc: Value, acc_stride: Value
+    ) -> None:
+        places = _places(b, rows, vectors, acc, acc_stride)
+        accs = [b.load(place, align=4) for place in places]
+        row, first_probs = b.add(v, b.mul(first, v_stride)), b.add(probs, b.mul(first, const(4)))
+        accs = _sum_keys(b, "f32", (rows, vectors), b.sub(end, first), row, v_stride, first_probs, accs)
+        for one, place in zip(accs, places, strict=True):
+            b.store(one, place, align=4)
+
+    return value_tile
+
+
+def _copy_tile(vectors: int, dtype: str) -> Callable[..., None]:
+    """(source, target, n): n times 16 * vectors values as float32."""
+
+    @instruction(types.void, *(i64,) * 3)
+    def copy_tile(b: Builder, source: Value, target: Value, n: Value) -> None:
+        def one(i: Value, _state: list[Value]) -> list[Value]:
+            at = b.add(source, b.mul(i, const(16 * vectors * ITEM_NBYTES[dtype])))
+            to = b.add(target, b.mul(i, const(64 * vectors)))
+            for j in range(vectors):
+                values = emit_load_values(b, at, dtype, 16 * j * ITEM_NBYTES[dtype])
+                b.store(values, pointer(b, to, VF, 64 * j), align=4)
+            return []
+
+        emit_loop(b, const(0), n, 1, [], one)
+
+    return copy_tile
 
 
 def _by_rows(tiles: list[Callable[..., None]]) -> Callable[..., None]:
@@ -167,6 +215,22 @@ class AttentionTiles:
         sixteen keys from `key` on, a multiple of 16, or of thirty-two where that is even in the row of scores and the
         second sixteen begin before `end`.
     values(rows, probs, first, end, v, v_block_stride, table, block_size, acc, padded): see _value_tile.
+    stage(first, end, k, v, k_block_stride, v_block_stride, table, block_size, head_dim, keys, values): copies keys
+        first <= j < end of a tile, and the others of their sixteens, to keys (4, D, 16), and the values to (64, D'),
+        both in float32 and each at its place in the tile.
+    """
+
+    scores: Callable[..., int]
+    values: Callable[..., None]
+    stage: Callable[..., None]
+
+
+@dataclass(frozen=True)
+class StagedTiles:
+    """The same over a tile that was staged: many rows read it again and again.
+
+    scores(rows, key, end, q, keys, head_dim, scores) -> next key.
+    values(rows, probs, first, end, values, acc, padded): `values` is where key 0's would be.
     """
 
     scores: Callable[..., int]
@@ -183,13 +247,14 @@ def attention_tiles(dtype: str) -> AttentionTiles:
     few_rows_width, most_rows_width = 16 * _vectors(4), 16 * _vectors(ROW_TILE)
     one_row_width = 16 * _vectors(1)
     pairs = _PAIRS
+    copy_one = _copy_tile(1, dtype)
 
     @device
     def keys_at(key: int, k: int, k_block_stride: int, table: int, block_size: int, head_dim: int) -> int:
         block = k + load_i32(table + 4 * (key // block_size)) * k_block_stride
         return block + key % block_size * head_dim * item
 
-    @device
+    @called
     def scores(
         rows: int, key: int, end: int, q: int, k: int, k_block_stride: int, table: int, block_size: int,
         head_dim: int, out: int,
@@ -202,10 +267,10 @@ def attention_tiles(dtype: str) -> AttentionTiles:
         single_scores(rows, q, keys, keys, head_dim, out)
         return key + 16
 
-    @device
+    @called
     def values(
-        rows: int, probs: int, first: int, end: int, v: int, v_block_stride: int, table: int,
-        block_size: int, acc: int, padded: int,
+        rows: int, probs: int, first: int, end: int, v: int, v_block_stride: int, table: int, block_size: int,
+        acc: int, padded: int,
     ) -> None:  # fmt: skip
         width = one_row_width if rows <= 2 else few_rows_width if rows <= 4 else most_rows_width
         d = 0
@@ -222,4 +287,58 @@ def attention_tiles(dtype: str) -> AttentionTiles:
             )  # fmt: skip
             d += 16
 
-    return AttentionTiles(scores, values)
+    @called
+    def stage(
+        first: int, end: int, k: int, v: int, k_block_stride: int, v_block_stride: int, table: int, block_size: int,
+        head_dim: int, keys: int, staged_values: int,
+    ) -> None:  # fmt: skip
+        padded = (head_dim + 15) // 16 * 16
+        for key in range(first // 16 * 16, end, 16):
+            source = keys_at(key, k, k_block_stride, table, block_size, head_dim)
+            copy_one(source, keys + key % TILE_KEYS * head_dim * 4, head_dim)
+            offset = key % block_size
+            block = v + load_i32(table + 4 * (key // block_size)) * v_block_stride
+            low, high = max(first, key), min(end, key + 16)
+            row = block + (offset + low - key) * padded * item
+            copy_one(row, staged_values + low % TILE_KEYS * padded * 4, (high - low) * (padded // 16))
+
+    return AttentionTiles(scores, values, stage)
+
+
+@cache
+def staged_tiles() -> StagedTiles:
+    one_width, most_width = 16 * _vectors(1), 16 * _vectors(ROW_TILE)
+    single_scores = _score_tile(ROW_TILE, 1, "f32")
+    pair_scores = _score_tile(ROW_TILE, 2, "f32") if _PAIRS else single_scores
+    one_wide, one_narrow = _staged_value_tile(1, _vectors(1)), _staged_value_tile(1, 1)
+    most_wide, most_narrow = _staged_value_tile(ROW_TILE, _vectors(ROW_TILE)), _staged_value_tile(ROW_TILE, 1)
+    pairs = _PAIRS
+
+    @called
+    def scores(rows: int, key: int, end: int, q: int, keys: int, head_dim: int, out: int) -> int:
+        at = keys + key % TILE_KEYS * head_dim * 4
+        if pairs and key + 16 < end and key % 32 == 0:
+            pair_scores(q, at, at + 64 * head_dim, head_dim, out)
+            return key + 32
+        single_scores(q, at, at, head_dim, out)
+        return key + 16
+
+    @called
+    def values(rows: int, probs: int, first: int, end: int, v: int, acc: int, padded: int) -> None:
+        d = 0
+        if rows == 1:
+            while d + one_width <= padded:
+                one_wide(probs, first, end, v + 4 * d, 4 * padded, acc + 4 * d, 4 * padded)
+                d += one_width
+            while d < padded:
+                one_narrow(probs, first, end, v + 4 * d, 4 * padded, acc + 4 * d, 4 * padded)
+                d += 16
+        else:
+            while d + most_width <= padded:
+                most_wide(probs, first, end, v + 4 * d, 4 * padded, acc + 4 * d, 4 * padded)
+                d += most_width
+            while d < padded:
+                most_narrow(probs, first, end, v + 4 * d, 4 * padded, acc + 4 * d, 4 * padded)
+                d += 16
+
+    return StagedTiles(scores, values)

@@ -34,7 +34,7 @@ from tinyllm.backends.cpu_kernels.object_file import load_object
 from tinyllm.backends.cpu_kernels.simd import load_arguments
 from tinyllm.cache import cache_root
 
-__all__ = ["Function", "Kernel", "address_of", "cache_folder", "device", "kernel"]
+__all__ = ["Function", "Kernel", "address_of", "cache_folder", "called", "device", "kernel"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,6 +53,12 @@ def _jit(function: Callable[..., Any], **options: Any) -> Any:
 def device(function: F) -> F:
     """A function that kernels call; it is inlined into them."""
     options = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return cast(F, Deferred(lambda: _jit(function, **options)))
+
+
+def called(function: F) -> F:
+    """A function that kernels call, compiled once for all places that do: for what would be long to inline."""
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     return cast(F, Deferred(lambda: _jit(function, **options)))
 
 
