@@ -12,7 +12,15 @@ from tests.kernels.conftest import linear_backend
 from tests.kernels.kernel_cases import oracle_values, random_tensor
 from tinyllm.backends.cpu import CpuBackend
 from tinyllm.backends.cpu_kernels import integer_dot
-from tinyllm.backends.cpu_kernels.digits import TILE_ROWS, quantise_kernel, record_nbytes, row_nbytes, scale_at
+from tinyllm.backends.cpu_kernels.digits import (
+    HALVES_NBYTES,
+    TILE_ROWS,
+    quantise_halves,
+    quantise_kernel,
+    record_nbytes,
+    row_nbytes,
+    scale_at,
+)
 from tinyllm.backends.cpu_kernels.formats import PACKED
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.simd import V32, emit_load, i64, instruction, pointer, types
@@ -31,7 +39,7 @@ def quantise(x, digits, step, offset=0):
     size, at = record_nbytes(digits, step), scale_at(digits, step)
     places = TILE_ROWS * stride, stride, size
     arguments = x.ctypes.data, x.strides[0], steps, offset, out.ctypes.data, *places
-    backend._run(quantise_kernel(digits, step), T * steps, 0, *arguments)
+    backend._run(quantise_kernel(digits, step, offset != 0), T * steps, 0, *arguments)
     records = np.ascontiguousarray(out[:, : steps * size]).reshape(T, steps, size)
     values = np.ascontiguousarray(records[..., :at]).view(np.int8).reshape(T, steps, digits, step)
     floats = np.ascontiguousarray(records[..., at : at + 8]).view(np.float32)
@@ -93,6 +101,27 @@ def test_one_digit_has_a_step_of_the_largest_over_127(step, rng):
     with np.errstate(over="ignore"):
         totals = digits[:, :, 0].sum(axis=2, dtype=np.int32).astype(np.float32)
         np.testing.assert_array_equal(sums, totals * scales)
+
+
+def test_four_digits_are_the_same_integers(rng):
+    """The form for the matrix unit: two halves of two digits each, none of which overflows."""
+    x = blocks_of_every_kind(rng, 32)
+    T, steps = len(x), x.shape[1] // 32
+    out = np.zeros((-(-T // 16), steps, HALVES_NBYTES), np.uint8)
+    arguments = x.ctypes.data, x.strides[0], steps, 5, out.ctypes.data
+    CpuBackend(1)._run(quantise_halves(True), T * steps, 0, *arguments)
+    digits = np.ascontiguousarray(out[..., : 128 * 16]).view(np.int8).reshape(-1, steps, 16, 2, 2, 32)
+    halves = 16 * digits[..., 0, :].astype(np.int64) + digits[..., 1, :]
+    integers = (4096 * halves[..., 0, :] + halves[..., 1, :]).transpose(0, 2, 1, 3).reshape(-1, steps, 32)[:T]
+    three, scales, sums, _ = quantise(x, 3, 32)
+    assert np.array_equal(integers, (three * np.array([65536, 256, 1])[:, None]).sum(axis=2))
+    assert np.abs(digits[..., 1, :]).max() <= 8
+    facts = np.ascontiguousarray(out[..., 128 * 16 :]).reshape(-1, steps, 16, 16).transpose(0, 2, 1, 3)
+    facts = np.ascontiguousarray(facts.reshape(-1, steps, 16)[:T])
+    assert facts[..., :4].tobytes() == scales.tobytes()
+    assert facts[..., 4:8].tobytes() == sums.tobytes()
+    first = np.ascontiguousarray(facts[..., 8:]).view(np.int32)
+    assert np.array_equal(first, -5 * halves.sum(axis=-1).transpose(0, 2, 1, 3).reshape(-1, steps, 2)[:T])
 
 
 @pytest.mark.parametrize("digits", [1, 3])

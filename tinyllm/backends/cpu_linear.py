@@ -9,13 +9,22 @@ the likeliest token most often, and it would save least, as only rows that are s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tinyllm.backends.base import F32Array, I32Array
-from tinyllm.backends.cpu_kernels.digits import TILE_ROWS, quantise_kernel, record_nbytes, row_nbytes, tile_nbytes
+from tinyllm.backends.cpu_kernels.digits import (
+    HALVES_NBYTES,
+    TILE_ROWS,
+    quantise_halves,
+    quantise_kernel,
+    record_nbytes,
+    row_nbytes,
+    tile_nbytes,
+)
 from tinyllm.backends.cpu_kernels.formats import PACKED
 from tinyllm.backends.cpu_kernels.integer_amx import AMX_NBYTES, amx_kernel
 from tinyllm.backends.cpu_kernels.integer_dot import HAS_VNNI
@@ -36,7 +45,7 @@ class CpuLinear:
 
     Attributes:
         exact_digits: of float32 activations beside quantised weights: 3, or 0 where they stay as they are.
-        matrix_unit: whether AMX multiplies many rows of three digits; those of one, vectors multiply as fast.
+        matrix_unit: whether AMX multiplies many rows of three digits with codes of four bits.
     """
 
     num_threads: int
@@ -77,7 +86,7 @@ class CpuLinear:
         sums = 4 * rows * (in_features // 32) if rows > FEW_ROWS else 0
         tiles = -(-rows // TILE_ROWS)
         few = min(rows, integer_few_rows()) * row_nbytes(3, 16, in_features)
-        records = max(few, tiles * tile_nbytes(3, 16, in_features))
+        records = max(few, tiles * max(tile_nbytes(3, 16, in_features), in_features // 32 * HALVES_NBYTES))
         return self.num_threads * worker + max(sums, records), worker
 
     def linear(
@@ -93,42 +102,82 @@ class CpuLinear:
         assert x.strides[1] == 4 and out.strides[1] == 4 and (bias is None or bias.shape == (out_features,))
         scratch_nbytes, worker_nbytes = self._linear_scratch(T, in_features)
         scratch = self._reserve(scratch_nbytes)
-        prepared = scratch + self.num_threads * worker_nbytes  # what all workers read of x: digits, or sums
+        prepared = scratch + self.num_threads * worker_nbytes  # what all workers read of x besides or instead of it
         x_address, x_stride = address(x), x.strides[0]
         out_address, bias_address = address(out), 0 if bias is None else address(bias)
         holds: object = None
         for part in weight.parts:
-            form, first = PACKED[part.dtype], 4 * part.first_row
-            digits = 0 if form.dense else weight.digits
-            wanted = (digits, form.step, form.offset) if digits else "sums"
-            steps, source, source_stride = in_features // form.step, x_address, x_stride
-            if digits:
-                source, record = prepared, record_nbytes(digits, form.step)
-                row, few = row_nbytes(digits, form.step, in_features), T <= integer_few_rows()
-                source_stride = row if few else tile_nbytes(digits, form.step, in_features)
-                if holds != wanted:
-                    places = (TILE_ROWS * row, row, record) if few else (source_stride, record, TILE_ROWS * record)
-                    quantise, work = quantise_kernel(digits, form.step), 4 * T * in_features
-                    self._run(quantise, T * steps, work, x_address, x_stride, steps, form.offset, source, *places)
-            elif T > FEW_ROWS and form.has_minimum and holds != wanted:
-                self._run(block_sums, T, T * in_features, x_address, x_stride, steps, prepared)
-            holds = wanted
-            arguments = (
-                part.address, part.group_nbytes, source, source_stride, T, in_features, part.rows,
+            way = self._way(part.dtype, weight.digits, T, in_features)
+            if way.prepare is not None and holds != way.made:
+                blocks = in_features // way.block
+                tasks, work = T * (blocks if way.by_block else 1), 4 * T * in_features
+                self._run(way.prepare, tasks, work, x_address, x_stride, blocks, *way.before, prepared, *way.places)
+                holds = way.made
+            groups, first = -(-part.rows // 16), 4 * part.first_row
+            blocks_of_rows = -(-T // way.block_rows) if way.block_rows else 1
+            self._run(
+                way.kernel, blocks_of_rows * groups, T * in_features * part.rows, part.address, part.group_nbytes,
+                prepared if way.stride else x_address, way.stride or x_stride, T, in_features, part.rows,
                 bias_address and bias_address + first, out_address + first, out.strides[0], scratch, worker_nbytes,
+                *((prepared,) if way.takes_sums else ()), *((way.block_rows,) if way.block_rows else ()),
             )  # fmt: skip
-            groups, work = -(-part.rows // 16), T * in_features * part.rows
-            if digits:
-                kernels = integer_kernels(part.dtype, digits)
-                if few:
-                    self._run(kernels.one_row if T == 1 else kernels.few_rows, groups, work, *arguments)
-                else:
-                    many = amx_kernel(part.dtype, digits) if self.matrix_unit and digits == 3 else kernels.many_rows
-                    block_rows = max(1, _BLOCK_NBYTES // source_stride) * TILE_ROWS
-                    self._run(many, -(-T // block_rows) * groups, work, *arguments, block_rows)
-            elif T > FEW_ROWS:
-                self._run(linear_kernels(part.dtype).many_rows, groups, work, *arguments, prepared)
-            else:
-                floats = linear_kernels(part.dtype)
-                self._run(floats.one_row if T == 1 else floats.few_rows, groups, work, *arguments)
         return out
+
+    def _way(self, dtype: str, digits: int, T: int, in_features: int) -> _Way:
+        """How T rows are multiplied with weights of one format."""
+        form = PACKED[dtype]
+        if form.dense or not digits:
+            floats = linear_kernels(dtype)
+            if T <= FEW_ROWS:
+                return _Way(floats.one_row if T == 1 else floats.few_rows)
+            sums = block_sums if form.has_minimum else None
+            return _Way(floats.many_rows, sums, "sums", form.step, takes_sums=True)
+        offset = form.offset
+        if T > integer_few_rows() and digits == 3 and form.bits == 4 and self.matrix_unit:
+            stride, halves = in_features // form.step * HALVES_NBYTES, quantise_halves(offset != 0)
+            way = _Way(amx_kernel(dtype), halves, ("halves", offset), form.step, True, (offset,), (), stride)
+            return replace(way, block_rows=_block_rows(stride))
+        made = digits, form.step, offset
+        kernels, record = integer_kernels(dtype, digits), record_nbytes(digits, form.step)
+        quantise = quantise_kernel(digits, form.step, offset != 0)
+        if T <= integer_few_rows():
+            row = row_nbytes(digits, form.step, in_features)
+            kernel = kernels.one_row if T == 1 else kernels.few_rows
+            return _Way(kernel, quantise, made, form.step, True, (offset,), (TILE_ROWS * row, row, record), row)
+        tile = tile_nbytes(digits, form.step, in_features)
+        places = tile, record, TILE_ROWS * record
+        way = _Way(kernels.many_rows, quantise, made, form.step, True, (offset,), places, tile)
+        return replace(way, block_rows=_block_rows(tile))
+
+
+def _block_rows(tile_nbytes: int) -> int:
+    """Rows whose digits stay in a core's own cache."""
+    return max(1, _BLOCK_NBYTES // tile_nbytes) * TILE_ROWS
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a product runs.
+
+    Attributes:
+        kernel: multiplies.
+        prepare: makes something of x first: digits, or sums.
+        made: names what it makes; parts that need the same share it.
+        block: values of a row that it takes together.
+        by_block: a task of it is one block, not one row.
+        before, places: its arguments before and after the address of what it makes.
+        stride: of what the kernel reads instead of x, from row to row or from tile to tile; 0: it reads x.
+        takes_sums: the kernel's last argument is what was made.
+        block_rows: rows of a task, of kernels that take them; 0: all.
+    """
+
+    kernel: Kernel
+    prepare: Kernel | None = None
+    made: object = None
+    block: int = 1
+    by_block: bool = False
+    before: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
+    stride: int = 0
+    takes_sums: bool = False
+    block_rows: int = 0

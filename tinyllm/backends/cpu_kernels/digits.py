@@ -13,11 +13,20 @@ A few rows have their records row by row; many have them in tiles, so that a ker
 constant distances, and a tile's steps one after another:
 
     [tile of sixteen rows][step][row of the tile] record
+
+For a matrix unit that multiplies 64 bytes a row, a tile's step (of 32 values) has the same integers in four digits,
+
+    X = 2**12 H + L,   H = 16 H0 + H1,   L = 16 L0 + L1        -128 <= H0, L0 <= 127,   -8 <= H1, L1 <= 7
+
+    [row of the tile]   | H0: 32 bytes | H1 | L0 | L1 |,   and after all sixteen
+    [row of the tile]   | scale | sum of x | -offset * sums of H and L |
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial, reduce
+from typing import NamedTuple
 
 from llvmlite import ir
 
@@ -40,9 +49,19 @@ from tinyllm.backends.cpu_kernels.simd import (
     pointer,
 )
 
-__all__ = ["TILE_ROWS", "quantise_kernel", "record_nbytes", "row_nbytes", "scale_at", "tile_nbytes"]
+__all__ = [
+    "HALVES_NBYTES",
+    "TILE_ROWS",
+    "quantise_halves",
+    "quantise_kernel",
+    "record_nbytes",
+    "row_nbytes",
+    "scale_at",
+    "tile_nbytes",
+]
 
 TILE_ROWS = 16
+HALVES_NBYTES = TILE_ROWS * (128 + 16)  # of a tile's step in four digits
 
 i64 = types.int64
 
@@ -65,6 +84,13 @@ def row_nbytes(digits: int, step: int, in_features: int) -> int:
 def tile_nbytes(digits: int, step: int, in_features: int) -> int:
     """Bytes of a tile of rows."""
     return -(-in_features // step) * TILE_ROWS * record_nbytes(digits, step)
+
+
+class _Integers(NamedTuple):
+    """A block's integers, in vectors, and what they are multiples of."""
+
+    values: list[Value]
+    scale: Value
 
 
 def _i32(value: int) -> Value:
@@ -98,63 +124,99 @@ def _to_127(b: Builder, top: Value) -> tuple[Value, Value]:
     return b.select(is_tiny, zero, b.fdiv(high, most)), b.select(is_tiny, zero, b.fdiv(most, high))
 
 
-def _quantise_step(digits: int, step: int):  # type: ignore[no-untyped-def]
+def _add(b: Builder, x: Value, y: Value) -> Value:
+    return b.add(x, y)
+
+
+def _larger(b: Builder, x: Value, y: Value) -> Value:
+    return b.select(b.icmp_signed(">", x, y), x, y)
+
+
+def _integers(b: Builder, x: Value, step: int, scales: Callable[[Builder, Value], tuple[Value, Value]]) -> _Integers:
+    """A block's values over its scale, rounded to nearest even."""
+    vectors = [emit_load(b, x, VF, 4 * at, align=4) for at in range(0, step, LANES)]
+    magnitudes = [b.and_(b.bitcast(v, V32), const_vec(V32, 0x7FFFFFFF)) for v in vectors]
+    top = emit_reduce(b, reduce(partial(_larger, b), magnitudes), _larger)
+    finite = b.icmp_signed("<", top, _i32(0x7F800000))
+    scale, inverse = scales(b, top)
+    inverses = emit_splat(b, b.select(finite, inverse, ir.Constant(F32, 0.0)))
+    kept = emit_splat(b, b.select(finite, _i32(-1), _i32(0)), V32)
+    # what is not finite must not be converted
+    clean = [b.bitcast(b.and_(b.bitcast(v, V32), kept), VF) for v in vectors]
+    values = [b.fptosi(_call(b, "llvm.rint.v16f32", b.fmul(v, inverses)), V32) for v in clean]
+    return _Integers(values, b.select(finite, scale, ir.Constant(F32, float("nan"))))
+
+
+def _split(b: Builder, values: list[Value], bits: int, bias: int = 0) -> tuple[list[Value], list[Value]]:
+    """upper, lower with values = 2**bits * upper + lower, lower from -2**(bits - 1) - bias on."""
+    half, shift = const_vec(V32, (1 << bits - 1) + bias), const_vec(V32, bits)
+    upper = [b.ashr(b.add(X, half), shift) for X in values]
+    return upper, [b.sub(X, b.shl(high, shift)) for X, high in zip(values, upper, strict=True)]
+
+
+def _store_bytes(b: Builder, values: list[Value], address: Value, offset: int) -> None:
+    for at, one in enumerate(values):
+        b.store(b.trunc(one, V8), pointer(b, address, V8, offset + LANES * at), align=1)
+
+
+def _sum(b: Builder, values: list[Value]) -> Value:
+    return emit_reduce(b, reduce(partial(_add, b), values), _add)
+
+
+def _store_facts(
+    b: Builder, address: Value, at: int, scale: Value, total: Value, offset: Value, sums: list[Value]
+) -> None:
+    """Scale, sum of x and the first sums."""
+    b.store(scale, pointer(b, address, F32, at), align=4)
+    b.store(b.fmul(b.sitofp(total, F32), scale), pointer(b, address, F32, at + 4), align=4)
+    negative = b.sub(_i32(0), b.trunc(offset, I32))
+    for place, digit_sum in enumerate(sums):
+        b.store(b.mul(negative, digit_sum), pointer(b, address, I32, at + 8 + 4 * place), align=4)
+
+
+def _quantise_step(digits: int, step: int, has_offset: bool) -> Callable[..., None]:
+    """(x, offset, record)"""
+
     @instruction(types.void, i64, i64, i64)
     def quantise_step(b: Builder, x: Value, offset: Value, record: Value) -> None:
-        vectors = [emit_load(b, x, VF, 4 * at, align=4) for at in range(0, step, LANES)]
-        magnitudes = [b.and_(b.bitcast(v, V32), const_vec(V32, 0x7FFFFFFF)) for v in vectors]
+        block = _integers(b, x, step, _power_of_two if digits == 3 else _to_127)
+        rest = block.values
+        places: list[list[Value]] = []
+        for _ in range(digits - 1):
+            rest, low = _split(b, rest, 8)
+            places.insert(0, low)
+        places.insert(0, rest)
+        for place, values in enumerate(places):
+            _store_bytes(b, values, record, step * place)
+        sums = [_sum(b, values) for values in places] if has_offset else [_i32(0)] * digits
+        _store_facts(b, record, scale_at(digits, step), block.scale, _sum(b, block.values), offset, sums)
 
-        def larger(b: Builder, x: Value, y: Value) -> Value:
-            return b.select(b.icmp_signed(">", x, y), x, y)
+    return quantise_step
 
-        highest = magnitudes[0]
-        for magnitude in magnitudes[1:]:
-            highest = larger(b, highest, magnitude)
-        top = emit_reduce(b, highest, larger)
-        finite = b.icmp_signed("<", top, _i32(0x7F800000))
-        scale, inverse = (_power_of_two if digits == 3 else _to_127)(b, top)
-        inverses = emit_splat(b, b.select(finite, inverse, ir.Constant(F32, 0.0)))
-        kept = b.select(finite, _i32(-1), _i32(0))
-        integers = []
-        for v in vectors:  # what is not finite must not be converted
-            v = b.bitcast(b.and_(b.bitcast(v, V32), emit_splat(b, kept, V32)), VF)
-            integers.append(b.fptosi(_call(b, "llvm.rint.v16f32", b.fmul(v, inverses)), V32))
-        sums = []
-        for place in reversed(range(digits)):
-            lows = integers
-            if place > 0:
-                twenty_four = const_vec(V32, 24)
-                lows = [b.ashr(b.shl(X, twenty_four), twenty_four) for X in integers]
-                eight = const_vec(V32, 8)
-                integers = [b.ashr(b.sub(X, low), eight) for X, low in zip(integers, lows, strict=True)]
-            for at, low in enumerate(lows):
-                b.store(b.trunc(low, V8), pointer(b, record, V8, step * place + LANES * at), align=1)
-            total = lows[0]
-            for low in lows[1:]:
-                total = b.add(total, low)
-            sums.append(emit_reduce(b, total, lambda b, x, y: b.add(x, y)))
-        sums.reverse()  # of digit 0 first
-        total = sums[0]
-        for digit_sum in sums[1:]:
-            total = b.add(b.shl(total, _i32(8)), digit_sum)
-        at = scale_at(digits, step)
-        scale = b.select(finite, scale, ir.Constant(F32, float("nan")))
-        b.store(scale, pointer(b, record, F32, at), align=4)
-        b.store(b.fmul(b.sitofp(total, F32), scale), pointer(b, record, F32, at + 4), align=4)
-        negative = b.sub(_i32(0), b.trunc(offset, I32))
-        for place, digit_sum in enumerate(sums):
-            b.store(b.mul(negative, digit_sum), pointer(b, record, I32, at + 8 + 4 * place), align=4)
+
+def _quantise_halves_step(has_offset: bool) -> Callable[..., None]:
+    """(x, offset, record, facts)"""
+
+    @instruction(types.void, i64, i64, i64, i64)
+    def quantise_step(b: Builder, x: Value, offset: Value, record: Value, facts: Value) -> None:
+        block = _integers(b, x, 32, _power_of_two)
+        halves = _split(b, block.values, 12, bias=8)  # else L0 could be 128
+        for at, half in enumerate(halves):
+            for place, digit in enumerate(_split(b, half, 4)):
+                _store_bytes(b, digit, record, 64 * at + 32 * place)
+        sums = [_sum(b, half) for half in halves] if has_offset else [_i32(0)] * 2
+        _store_facts(b, facts, 0, block.scale, _sum(b, block.values), offset, sums)
 
     return quantise_step
 
 
 @cache
-def quantise_kernel(digits: int, step: int) -> Kernel:
+def quantise_kernel(digits: int, step: int, has_offset: bool) -> Kernel:
     """A task is a block of a row, blocks of a row first.
 
     The record of block i of row r goes to out + r // 16 * tile_stride + r % 16 * row_stride + i * step_stride.
     """
-    quantise_step = _quantise_step(digits, step)
+    quantise_step = _quantise_step(digits, step, has_offset)
 
     def quantise(
         worker: int, begin: int, end: int, x: int, x_stride: int, steps: int, offset: int, out: int, tile_stride: int,
@@ -166,4 +228,19 @@ def quantise_kernel(digits: int, step: int) -> Kernel:
             record = out + tile * tile_stride + t * row_stride + i * step_stride
             quantise_step(x + row * x_stride + 4 * step * i, offset, record)
 
-    return Kernel(f"digits.quantise-{digits}-{step}", quantise)
+    return Kernel(f"digits.quantise-{digits}-{step}-{'offset' if has_offset else 'plain'}", quantise)
+
+
+@cache
+def quantise_halves(has_offset: bool) -> Kernel:
+    """The same in four digits for a matrix unit."""
+    quantise_step = _quantise_halves_step(has_offset)
+
+    def quantise(worker: int, begin: int, end: int, x: int, x_stride: int, steps: int, offset: int, out: int) -> None:
+        for task in range(begin, end):
+            row, i = task // steps, task % steps
+            tile = out + (row // TILE_ROWS * steps + i) * HALVES_NBYTES
+            t = row % TILE_ROWS
+            quantise_step(x + row * x_stride + 128 * i, offset, tile + 128 * t, tile + 128 * TILE_ROWS + 16 * t)
+
+    return Kernel(f"digits.halves-{'offset' if has_offset else 'plain'}", quantise)

@@ -1,13 +1,16 @@
 """The products of `integer_linear.py` on AMX, the matrix unit of some x86 CPUs: the same integers, so the same bits.
 
-A tile register holds 16 rows of 64 bytes. One instruction adds a whole step's products (K = 32) to the sums of sixteen
-rows and sixteen outputs:
+For codes of four bits and activations of three digits, here in four (see `digits.py`). A tile register holds 16 rows of
+64 bytes. One instruction adds to the sums of sixteen rows and sixteen outputs 64 products each: of 32 codes with a
+half of the activations, 16 * code with its upper digit and code with its lower one:
 
-    C (16 rows, 16 outputs) int32  +=  A (16 rows, 32 digits) int8  x  B (32 codes, 16 outputs) uint8
+    C (16 rows, 16 outputs) int32  +=  A (16 rows, 64 digits) int8  x  B (64 codes, 16 outputs) uint8
 
-    A   a digit of a step, read from the rows' records as they are      tmm4, tmm5, tmm6 for digits 0, 1, 2
-    B   the step of an unpacked group: [k / 4][16 outputs][4 codes]     tmm7
-    C   by way of memory, since scales are float32's business           tmm0, tmm1, tmm2
+    A   | H0 | H1 | or | L0 | L1 | of a step                                               tmm4, tmm5
+    B   [k / 4][16 outputs][4 codes], twice: times 16, then as they are                      tmm7
+    C   by way of memory, since scales are float32's business                              tmm0, tmm1
+
+    S = 2**12 C_H + C_L, rounded to float32 once, as `integer_linear` does it for codes of four bits
 
 Nothing waits for a result: while step i is scaled and added up in vector registers, the sums of step i + 1 are stored
 and those of step i + 2 begun.
@@ -25,32 +28,28 @@ from functools import cache
 from llvmlite import ir
 
 from tinyllm.backends.cpu_kernels.deferred import types
-from tinyllm.backends.cpu_kernels.digits import TILE_ROWS, record_nbytes
+from tinyllm.backends.cpu_kernels.digits import HALVES_NBYTES, TILE_ROWS
 from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
 from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
-from tinyllm.backends.cpu_kernels.integer_linear import (
-    MANY_TILE,
-    close_step,
-    first_sums,
-    store_results,
-    unpack_group_of,
-    unpacked_step_nbytes,
-    unpacked_tile_of,
-)
+from tinyllm.backends.cpu_kernels.integer_linear import store_results
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.linear_rows import STAGING_NBYTES, finish_rows
 from tinyllm.backends.cpu_kernels.simd import (
+    F32,
     I8,
     I16,
+    I32,
     V32,
     VF,
     Builder,
     Value,
     const,
     const_vec,
+    emit_fma,
     emit_load,
     emit_loop,
     emit_order,
+    emit_splat,
     instruction,
     pointer,
 )
@@ -58,8 +57,10 @@ from tinyllm.backends.cpu_kernels.simd import (
 __all__ = ["AMX_NBYTES", "amx_kernel", "has_amx"]
 
 _TILE_NBYTES = 1024
-AMX_NBYTES = 64 + 2 * 3 * _TILE_NBYTES  # scratch of a worker: the configuration, two steps' sums
-_SUMS, _ROWS, _CODES = (0, 1, 2), (4, 5, 6), 7  # tile registers
+AMX_NBYTES = 64 + 2 * 2 * _TILE_NBYTES  # scratch of a worker: the configuration, two steps' sums
+_SUMS, _ROWS, _CODES = (0, 1), (4, 5), 7  # tile registers
+_STEP = 32
+_GROUP_STEP_NBYTES = _TILE_NBYTES + 128  # an unpacked step: B, then d and m of the sixteen outputs
 
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux, x86-64
 
@@ -89,20 +90,15 @@ def _tile(number: int) -> Value:
     return ir.Constant(I8, number)
 
 
-def _configure(form: PackedFormat) -> Callable[[int], None]:
-    @instruction(types.void, i64)
-    def configure(b: Builder, memory: Value) -> None:
-        """Palette 1: at byte 16 each tile's bytes in a row (int16), at 48 its rows (int8)."""
-        b.store(const_vec(V32, 0), pointer(b, memory, V32), align=64)
-        b.store(ir.Constant(I8, 1), pointer(b, memory, I8))
-        shapes = dict.fromkeys(_SUMS, (TILE_ROWS, 64))
-        shapes |= dict.fromkeys(_ROWS, (TILE_ROWS, form.step)) | {_CODES: (form.step // 4, 64)}
-        for tile, (rows, nbytes) in shapes.items():
-            b.store(ir.Constant(I16, nbytes), pointer(b, memory, I16, 16 + 2 * tile))
-            b.store(ir.Constant(I8, rows), pointer(b, memory, I8, 48 + tile))
-        _call(b, "llvm.x86.ldtilecfg", pointer(b, memory, I8))
-
-    return configure
+@instruction(types.void, i64)
+def _configure(b: Builder, memory: Value) -> None:
+    """Palette 1: at byte 16 each tile's bytes in a row (int16), at 48 its rows (int8). All are full."""
+    b.store(const_vec(V32, 0), pointer(b, memory, V32), align=64)
+    b.store(ir.Constant(I8, 1), pointer(b, memory, I8))
+    for tile in (*_SUMS, *_ROWS, _CODES):
+        b.store(ir.Constant(I16, 64), pointer(b, memory, I16, 16 + 2 * tile))
+        b.store(ir.Constant(I8, 16), pointer(b, memory, I8, 48 + tile))
+    _call(b, "llvm.x86.ldtilecfg", pointer(b, memory, I8))
 
 
 @instruction(types.void)
@@ -110,59 +106,78 @@ def _release(b: Builder) -> None:
     _call(b, "llvm.x86.tilerelease")
 
 
-def _amx_tile(form: PackedFormat, digits: int) -> Callable[..., None]:
+def _unpack_group(form: PackedFormat) -> Callable[..., None]:
+    """(group, steps, out): writes B and the scales of each step."""
+
+    @instruction(types.void, *(i64,) * 3)
+    def unpack_group(b: Builder, group: Value, steps: Value, out: Value) -> None:
+        def one_step(i: Value, _state: list[Value]) -> list[Value]:
+            step = form.unpack(b, group, i)
+            at = b.add(out, b.mul(i, const(_GROUP_STEP_NBYTES)))
+            for k, word in step.words:
+                b.store(b.shl(word, const_vec(V32, 4)), pointer(b, at, V32, 16 * k), align=64)
+                b.store(word, pointer(b, at, V32, 512 + 16 * k), align=64)
+            for slot, value in ((0, step.scale), (64, step.minimum)):
+                if value is not None:
+                    b.store(value, pointer(b, at, VF, _TILE_NBYTES + slot), align=64)
+            return []
+
+        emit_loop(b, const(0), steps, 1, [], one_step)
+
+    return unpack_group
+
+
+def _amx_tile(form: PackedFormat) -> Callable[..., None]:
     """(group, x, steps, sums, result): result[t] = 16 outputs of row t of a tile of records; group is unpacked."""
-    used, record_size = range(digits), record_nbytes(digits, form.step)
 
     @instruction(types.void, *(i64,) * 5)
     def amx_tile(b: Builder, group: Value, x: Value, steps: Value, sums: Value, result: Value) -> None:
-        step_nbytes = const(unpacked_step_nbytes(form))
         last = b.sub(steps, const(1))
 
         def buffer(i: Value) -> Value:
-            return b.add(sums, b.mul(b.and_(i, const(1)), const(3 * _TILE_NBYTES)))
-
-        def records(i: Value) -> Value:
-            return b.add(x, b.mul(i, const(TILE_ROWS * record_size)))
+            return b.add(sums, b.mul(b.and_(i, const(1)), const(2 * _TILE_NBYTES)))
 
         def multiply(i: Value) -> None:
             """Begins the sums of step i, or of the last."""
             i = b.select(b.icmp_signed("<", i, last), i, last)
-            codes = b.add(group, b.mul(i, step_nbytes))
+            codes = b.add(group, b.mul(i, const(_GROUP_STEP_NBYTES)))
+            digits = b.add(x, b.mul(i, const(HALVES_NBYTES)))
             _call(b, "llvm.x86.tileloadd64", _tile(_CODES), pointer(b, codes, I8), const(64))
-            for digit in used:
-                place = pointer(b, records(i), I8, digit * form.step)
-                _call(b, "llvm.x86.tileloadd64", _tile(_ROWS[digit]), place, const(record_size))
-                _call(b, "llvm.x86.tilezero", _tile(_SUMS[digit]))
-                _call(b, "llvm.x86.tdpbsud", _tile(_SUMS[digit]), _tile(_ROWS[digit]), _tile(_CODES))
+            for half, (C, A) in enumerate(zip(_SUMS, _ROWS, strict=True)):
+                _call(b, "llvm.x86.tileloadd64", _tile(A), pointer(b, digits, I8, 64 * half), const(128))
+                _call(b, "llvm.x86.tilezero", _tile(C))
+                _call(b, "llvm.x86.tdpbsud", _tile(C), _tile(A), _tile(_CODES))
 
         def store(i: Value) -> None:
             """Stores the sums, those of step i."""
-            for digit in used:
-                place = pointer(b, buffer(i), I8, digit * _TILE_NBYTES)
-                _call(b, "llvm.x86.tilestored64", _tile(_SUMS[digit]), place, const(64))
+            for half, C in enumerate(_SUMS):
+                place = pointer(b, buffer(i), I8, half * _TILE_NBYTES)
+                _call(b, "llvm.x86.tilestored64", _tile(C), place, const(64))
 
         def one_step(i: Value, accs: list[Value]) -> list[Value]:
             store(b.add(i, const(1)))
             multiply(b.add(i, const(2)))
-            at = b.add(group, b.mul(i, step_nbytes))
-            scale = emit_load(b, at, VF, 16 * form.step, align=64)
-            minimum = emit_load(b, at, VF, 16 * form.step + 64, align=64) if form.has_minimum else None
-            stored, closed = buffer(i), []
-            first = records(i)
+            at = b.add(group, b.mul(i, const(_GROUP_STEP_NBYTES)))
+            scale = emit_load(b, at, VF, _TILE_NBYTES, align=64)
+            minimum = emit_load(b, at, VF, _TILE_NBYTES + 64, align=64) if form.has_minimum else None
+            stored, facts = buffer(i), b.add(x, b.mul(i, const(HALVES_NBYTES)))
+            closed = []
             for t, acc in enumerate(accs):
-                record = b.add(first, const(record_size * t))
                 if t % 4 == 0:
                     emit_order(b)
-
-                def total(digit: int, t: int = t, record: Value = record) -> Value:
-                    loaded = emit_load(b, stored, V32, digit * _TILE_NBYTES + 64 * t, align=64)
-                    return b.add(loaded, first_sums(b, form, digits, digit, record)) if form.offset else loaded
-
-                upper, lower = total(0), None
-                if digits == 3:
-                    upper, lower = b.add(b.shl(upper, const_vec(V32, 8)), total(1)), total(2)
-                closed.append(close_step(b, form, digits, record, upper, lower, scale, minimum, acc))
+                at_facts = 128 * TILE_ROWS + 16 * t
+                halves = [emit_load(b, stored, V32, _TILE_NBYTES * half + 64 * t, align=64) for half in (0, 1)]
+                if form.offset:
+                    first = [emit_load(b, facts, I32, at_facts + 8 + 4 * half, align=4) for half in (0, 1)]
+                    halves = [b.add(x, emit_splat(b, y, V32)) for x, y in zip(halves, first, strict=True)]
+                upper, lower = (b.sitofp(half, VF) for half in halves)
+                total = emit_fma(b, upper, const_vec(VF, 4096.0), lower)
+                scale_of_row, sum_of_row = (
+                    emit_splat(b, emit_load(b, facts, F32, at_facts + place, align=4)) for place in (0, 4)
+                )
+                if minimum is not None:
+                    acc = emit_fma(b, minimum, sum_of_row, acc)
+                closed.append(emit_fma(b, b.fmul(scale, scale_of_row), total, acc))
             return closed
 
         multiply(const(0))
@@ -174,35 +189,31 @@ def _amx_tile(form: PackedFormat, digits: int) -> Callable[..., None]:
 
 
 @cache
-def amx_kernel(dtype: str, digits: int) -> Kernel:
-    """many_rows of IntegerKernels."""
+def amx_kernel(dtype: str) -> Kernel:
+    """many_rows of IntegerKernels for a format of four bits; x is what digits.quantise_halves makes."""
     form = PACKED[dtype]
-    configure, amx_tile = _configure(form), _amx_tile(form, digits)
-    unpack_group, unpacked_tile = unpack_group_of(form), unpacked_tile_of(form, digits)
-    step_size = form.step
+    assert form.bits == 4 and form.step == _STEP
+    unpack_group, amx_tile = _unpack_group(form), _amx_tile(form)
 
     def amx_rows(
         worker: int, begin: int, end: int, weight: int, group_nbytes: int, x: int, x_stride: int, rows: int,
         in_features: int, out_features: int, bias: int, out: int, out_stride: int, scratch: int, scratch_stride: int,
         block_rows: int,
     ) -> None:  # fmt: skip
-        steps = in_features // step_size
+        steps = in_features // _STEP
         result = scratch + worker * scratch_stride
         sums = result + STAGING_NBYTES + 64
         codes = result + STAGING_NBYTES + AMX_NBYTES
         groups = (out_features + 15) // 16
-        configure(result + STAGING_NBYTES)
+        _configure(result + STAGING_NBYTES)
         for task in range(begin, end):
             first, group = task // groups * block_rows, task % groups
             unpack_group(weight + group * group_nbytes, steps, codes)
             last = min(rows, first + block_rows)
             for row in range(first, last, TILE_ROWS):
-                n, records = min(TILE_ROWS, last - row), x + row // TILE_ROWS * x_stride
-                if n > MANY_TILE:
-                    amx_tile(codes, records, steps, sums, result)
-                else:  # half a tile: vectors are as fast
-                    unpacked_tile(codes, records, steps, result)
-                finish_rows(result, n, group, out_features, bias, out + row * out_stride, out_stride)
+                amx_tile(codes, x + row // TILE_ROWS * x_stride, steps, sums, result)
+                n, at = min(TILE_ROWS, last - row), out + row * out_stride
+                finish_rows(result, n, group, out_features, bias, at, out_stride)
         _release()
 
-    return Kernel(f"integer_amx.amx_rows-{digits}-{form.name}", amx_rows)
+    return Kernel(f"integer_amx.amx_rows-{form.name}", amx_rows)

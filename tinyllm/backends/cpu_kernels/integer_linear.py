@@ -42,23 +42,11 @@ from tinyllm.backends.cpu_kernels.simd import (
     pointer,
 )
 
-__all__ = [
-    "MANY_TILE",
-    "IntegerKernels",
-    "close_step",
-    "first_sums",
-    "integer_few_rows",
-    "integer_kernels",
-    "integer_worker_nbytes",
-    "store_results",
-    "unpack_group_of",
-    "unpacked_step_nbytes",
-    "unpacked_tile_of",
-]
+__all__ = ["IntegerKernels", "integer_few_rows", "integer_kernels", "integer_worker_nbytes", "store_results"]
 
 _WIDE = host_cpu().has("avx512f")
 _FEW_TILE = 4 if _WIDE else 2
-MANY_TILE = 8 if _WIDE else 4  # divides TILE_ROWS
+_MANY_TILE = 8 if _WIDE else 4  # divides TILE_ROWS
 
 i64 = types.int64
 
@@ -70,7 +58,7 @@ def integer_few_rows() -> int:
 
 def integer_worker_nbytes(in_features: int) -> int:
     """Bytes of scratch that a worker needs: a tile of results, and an unpacked group of any format."""
-    return STAGING_NBYTES + 16 * in_features + 128 * -(-in_features // 16)
+    return STAGING_NBYTES + 32 * in_features + 128 * -(-in_features // 16)
 
 
 Codes = Callable[[], list[tuple[int, Value]]]  # emits what brings the codes of a step: (offset of k, sixteen words)
@@ -89,7 +77,7 @@ def _products(
     return sums
 
 
-def first_sums(b: Builder, form: PackedFormat, digits: int, digit: int, record: Value) -> Value:
+def _first_sums(b: Builder, form: PackedFormat, digits: int, digit: int, record: Value) -> Value:
     """What the sums of a row's step begin with: -offset * sum of the digit."""
     if form.offset == 0:
         return const_vec(V32, 0)
@@ -97,7 +85,7 @@ def first_sums(b: Builder, form: PackedFormat, digits: int, digit: int, record: 
     return emit_splat(b, emit_load(b, record, I32, at, align=4), V32)
 
 
-def close_step(
+def _close_step(
     b: Builder, form: PackedFormat, digits: int, record: Value, upper: Value, lower: Value | None,
     scale: Value, minimum: Value | None, acc: Value,
 ) -> Value:  # fmt: skip
@@ -118,7 +106,7 @@ def _one_step(
     """The accs after one step."""
 
     def products(digit: int, before: list[Value] | None = None) -> list[Value]:
-        sums = [first_sums(b, form, digits, digit, record) for record in records]
+        sums = [_first_sums(b, form, digits, digit, record) for record in records]
         if before is not None:
             shifted = [b.shl(total, const_vec(V32, 8)) for total in before]
             sums = [b.add(x, y) for x, y in zip(shifted, sums, strict=True)] if form.offset else shifted
@@ -130,7 +118,7 @@ def _one_step(
         lower = products(2)
     lowers = lower or [None] * len(upper)
     return [
-        close_step(b, form, digits, record, high, low, scale, minimum, acc)
+        _close_step(b, form, digits, record, high, low, scale, minimum, acc)
         for record, high, low, acc in zip(records, upper, lowers, accs, strict=True)
     ]
 
@@ -161,18 +149,18 @@ def _packed_tile(form: PackedFormat, digits: int, tile: int) -> Callable[..., No
     return packed_tile
 
 
-def unpacked_step_nbytes(form: PackedFormat) -> int:
+def _unpacked_step_nbytes(form: PackedFormat) -> int:
     return 16 * form.step + 128
 
 
-def unpack_group_of(form: PackedFormat) -> Callable[..., None]:
+def _unpack_group(form: PackedFormat) -> Callable[..., None]:
     """(group, steps, out): writes the unpacked group."""
 
     @instruction(types.void, *(i64,) * 3)
     def unpack_group(b: Builder, group: Value, steps: Value, out: Value) -> None:
         def one_step(i: Value, _state: list[Value]) -> list[Value]:
             step = form.unpack(b, group, i)
-            at = b.add(out, b.mul(i, const(unpacked_step_nbytes(form))))
+            at = b.add(out, b.mul(i, const(_unpacked_step_nbytes(form))))
             for k, word in step.words:
                 b.store(word, pointer(b, at, V32, 16 * k), align=64)
             for slot, value in ((0, step.scale), (64, step.minimum)):
@@ -185,14 +173,14 @@ def unpack_group_of(form: PackedFormat) -> Callable[..., None]:
     return unpack_group
 
 
-def unpacked_tile_of(form: PackedFormat, digits: int) -> Callable[..., None]:
-    """(group, x, steps, result): the same for MANY_TILE rows of a tile of records, from an unpacked group."""
+def _unpacked_tile(form: PackedFormat, digits: int) -> Callable[..., None]:
+    """(group, x, steps, result): the same for _MANY_TILE rows of a tile of records, from an unpacked group."""
     record = record_nbytes(digits, form.step)
 
     @instruction(types.void, *(i64,) * 4)
     def unpacked_tile(b: Builder, group: Value, x: Value, steps: Value, result: Value) -> None:
         def one_step(i: Value, accs: list[Value]) -> list[Value]:
-            at = b.add(group, b.mul(i, const(unpacked_step_nbytes(form))))
+            at = b.add(group, b.mul(i, const(_unpacked_step_nbytes(form))))
 
             def codes() -> list[tuple[int, Value]]:
                 return [(k, emit_load(b, at, V32, 16 * k, align=64)) for k in range(0, form.step, 4)]
@@ -200,11 +188,11 @@ def unpacked_tile_of(form: PackedFormat, digits: int) -> Callable[..., None]:
             scale = emit_load(b, at, VF, 16 * form.step, align=64)
             minimum = emit_load(b, at, VF, 16 * form.step + 64, align=64) if form.has_minimum else None
             first = b.add(x, b.mul(i, const(TILE_ROWS * record)))
-            records = [b.add(first, const(record * t)) for t in range(MANY_TILE)]
+            records = [b.add(first, const(record * t)) for t in range(_MANY_TILE)]
             return _one_step(b, form, digits, codes, scale, minimum, records, accs)
 
         zero = const_vec(VF, 0.0)
-        store_results(b, emit_loop(b, const(0), steps, 1, [zero] * MANY_TILE, one_step), result)
+        store_results(b, emit_loop(b, const(0), steps, 1, [zero] * _MANY_TILE, one_step), result)
 
     return unpacked_tile
 
@@ -246,7 +234,7 @@ def _packed_kernel(form: PackedFormat, digits: int, tile: int, name: str) -> Ker
 
 
 def _unpacked_kernel(form: PackedFormat, digits: int) -> Kernel:
-    unpack_group, unpacked_tile = unpack_group_of(form), unpacked_tile_of(form, digits)
+    unpack_group, unpacked_tile = _unpack_group(form), _unpacked_tile(form, digits)
     step_size, record = form.step, record_nbytes(digits, form.step)
 
     def unpacked(
@@ -262,10 +250,10 @@ def _unpacked_kernel(form: PackedFormat, digits: int) -> Kernel:
             first, group = task // groups * block_rows, task % groups
             unpack_group(weight + group * group_nbytes, steps, codes)
             last = min(rows, first + block_rows)
-            for row in range(first, last, MANY_TILE):
+            for row in range(first, last, _MANY_TILE):
                 records = x + row // TILE_ROWS * x_stride + row % TILE_ROWS * record
                 unpacked_tile(codes, records, steps, result)
-                n, at = min(MANY_TILE, last - row), out + row * out_stride
+                n, at = min(_MANY_TILE, last - row), out + row * out_stride
                 finish_rows(result, n, group, out_features, bias, at, out_stride)
 
     return Kernel(f"integer_linear.many_rows-{digits}-{form.name}", unpacked)
