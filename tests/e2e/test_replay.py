@@ -221,16 +221,16 @@ def test_blocks_of_sessions_are_followed_too() -> None:
 
 def flip_a_bit(engine: LLMEngine, step: int) -> None:
     """One bit of one logit of one row is another, in one step."""
-    original = engine.runner.logits
+    original = engine.runner.outcomes
 
-    def logits(*args: Any) -> Iterator[np.ndarray]:
-        for i, row in enumerate(original(*args)):
+    def outcomes(*args: Any, **options: Any) -> Iterator[Any]:
+        for i, (row, tokens) in enumerate(original(*args, **options)):
             if i == 0 and engine.num_steps + 1 == step:
                 row = row.copy()
                 row.view(np.int32)[17] ^= 1
-            yield row
+            yield row, tokens
 
-    engine.runner.logits = logits  # type: ignore[method-assign]
+    engine.runner.outcomes = outcomes  # type: ignore[method-assign]
 
 
 def reverse_blocks(engine: LLMEngine) -> None:
@@ -438,17 +438,17 @@ def test_a_step_interrupted_between_its_rows_does_not_confuse_the_recorder(tmp_p
     engine, recorder = recorded_engine(path, max_batch_tokens=64)
     add(engine, "a", random_prompt(10), n=3, max_tokens=6)
     add(engine, "b", random_prompt(12), max_tokens=6)
-    logits = engine.runner.logits
+    outcomes = engine.runner.outcomes
 
-    def interrupted(*args: Any) -> Iterator[np.ndarray]:
-        yield next(logits(*args))
+    def interrupted(*args: Any, **options: Any) -> Iterator[Any]:
+        yield next(outcomes(*args, **options))
         raise KeyboardInterrupt
 
-    engine.runner.logits = interrupted  # type: ignore[method-assign]
+    engine.runner.outcomes = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     assert len(engine.requests["a"].sequences) == 3, "the first row's sequence has forked"
-    engine.runner.logits = logits  # type: ignore[method-assign]
+    engine.runner.outcomes = outcomes  # type: ignore[method-assign]
     outputs = run_all(engine)
     recorder.close()
     tokens: dict[tuple[str, int], list[int]] = {}

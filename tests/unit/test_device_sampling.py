@@ -106,3 +106,8 @@ def test_the_kernels_take_the_engines_draws() -> None:
     assert (NOT_A_NUMBER, FORBIDDEN) == (device_sampling.NOT_A_NUMBER, device_sampling.FORBIDDEN)
     assert MAX_TEMPERATURE == device_sampling.MAX_TEMPERATURE
     SamplingRow(*draws_of(make_sequence([1], seed=-1, top_k=2**31), 0)[0])
+
+
+def test_a_greedy_draw_needs_no_key() -> None:
+    (draw,) = draws_of(make_sequence([3], temperature=9e-6), 0)
+    assert (draw.key, draw.temperature) == (0, 9e-6)

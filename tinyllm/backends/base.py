@@ -97,7 +97,7 @@ class Batch:
         if self.windows is not None and self.num_sinks is not None:
             sink_window = int(self.windows[self.num_sinks > 0].min(initial=NO_WINDOW))
         return BatchExtent(
-            max_query_len=int(np.diff(self.cu_seqlens_q).max(initial=0)),
+            max_query_len=int((self.cu_seqlens_q[1:] - self.cu_seqlens_q[:-1]).max(initial=0)),
             max_seq_len=int(self.seq_lens.max(initial=0)),
             sink_window=sink_window,
         )
@@ -194,9 +194,13 @@ class Backend(Protocol):
     def kv_cache_nbytes(self, spec: KVCacheSpec) -> int: ...
 
     def workspace_nbytes(
-        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
-    ) -> int:
-        """The most scratch memory that ops of these sizes hold; max_context: columns of block_tables in tokens."""
+        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int,
+        vocab_size: int = 0,
+    ) -> int:  # fmt: skip
+        """The most scratch memory that ops of these sizes hold; max_context: columns of block_tables in tokens.
+
+        vocab_size: that of the logits that `sample` draws from; 0 where it does not.
+        """
         ...
 
     # ---- between host and device
@@ -226,8 +230,9 @@ class Backend(Protocol):
         ...
 
     def reserve(
-        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
-    ) -> None:
+        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int,
+        vocab_size: int = 0,
+    ) -> None:  # fmt: skip
         """Takes the scratch memory that `workspace_nbytes` tells of, where steps must not take any themselves."""
         ...
 

@@ -26,6 +26,7 @@ from tinyllm.backends.cpu_kernels.packing import PackedWeight, packed_nbytes
 from tinyllm.backends.cpu_kernels.threads import JOB, ThreadPool
 from tinyllm.backends.cpu_linear import CpuLinear
 from tinyllm.backends.cpu_program import Program, ProgramSteps, StagedBatches
+from tinyllm.backends.cpu_sampling import CpuSampling
 from tinyllm.backends.host import HostBackend
 
 __all__ = ["CpuBackend", "PackedWeight"]
@@ -48,7 +49,7 @@ def _print_compiling(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-class CpuBackend(CpuLinear, CpuFlashAttention, HostBackend):
+class CpuBackend(CpuLinear, CpuFlashAttention, CpuSampling, HostBackend):
     """The ops of `Backend` on the threads of this process.
 
     Args:
@@ -148,14 +149,15 @@ class CpuBackend(CpuLinear, CpuFlashAttention, HostBackend):
         return allocate(spec)
 
     def workspace_nbytes(
-        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
-    ) -> int:
-        """The most scratch memory that ops of these sizes hold; max_context: columns of block_tables in tokens."""
+        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int,
+        vocab_size: int = 0,
+    ) -> int:  # fmt: skip
         heads = num_heads // num_kv_heads
         workers = self.num_threads * attention.scratch_nbytes(heads, head_dim)
         partials = _PARTIAL_TASKS * self.num_threads * (1 + -(-max_context // SPLIT_KEYS))
         linear, _ = self._linear_scratch(max_tokens, max_in_features)
-        return max(linear, workers + partials * attention.partial_nbytes(heads, head_dim))
+        sampling = self._sampling_scratch(vocab_size) if vocab_size else 0
+        return max(linear, workers + partials * attention.partial_nbytes(heads, head_dim), sampling)
 
     # ---- ops
 

@@ -142,16 +142,18 @@ class CudaBackend(CudaFlashAttention):
             raise ConfigError(f"no such KV cache on a GPU: {error}") from error
 
     def workspace_nbytes(
-        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
-    ) -> int:
+        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int,
+        vocab_size: int = 0,
+    ) -> int:  # fmt: skip
         return max(
             linear_scratch_nbytes(max_tokens, max_in_features),
             min(paged_attention_scratch_nbytes(max_tokens, num_heads, head_dim, max_context), MAX_PARTIALS),
         )
 
     def reserve(
-        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
-    ) -> None:
+        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int,
+        vocab_size: int = 0,
+    ) -> None:  # fmt: skip
         self._max_tokens = max_tokens
         self._scratch_of(
             self.workspace_nbytes(max_tokens, max_in_features, num_heads, num_kv_heads, head_dim, max_context)

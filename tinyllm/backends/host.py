@@ -76,8 +76,9 @@ class HostBackend:
         return batch
 
     def reserve(
-        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
-    ) -> None: ...  # scratch memory grows on demand
+        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int,
+        vocab_size: int = 0,
+    ) -> None: ...  # scratch memory grows on demand  # fmt: skip
 
     def step_runner(self) -> StepRunner:
         return EagerSteps()

@@ -123,8 +123,9 @@ class ReferenceBackend(HostBackend):
         return 2 * spec.num_layers * slots * spec.num_kv_heads * spec.head_dim * np.dtype(_STORAGE[spec.dtype]).itemsize
 
     def workspace_nbytes(
-        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
-    ) -> int:
+        self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int,
+        vocab_size: int = 0,
+    ) -> int:  # fmt: skip
         return 0  # numpy's temporaries are not reserved
 
     def embedding(self, token_ids: I32Array, weight: DenseWeight, *, out: F32Array | None = None) -> F32Array:

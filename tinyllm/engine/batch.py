@@ -17,6 +17,8 @@ __all__ = ["build_batch"]
 def build_batch(scheduled: Seq[ScheduledSequence], block_size: int) -> Batch:
     """Lays the scheduled tokens of each sequence end to end; see Batch for the arrays."""
     counts = [item.num_tokens for item in scheduled]
+    if max(counts) == 1 and all(item.sequence.request.params.window is None for item in scheduled):
+        return _decode_batch([item.sequence for item in scheduled], block_size)
     block_tables = _block_tables([item.sequence for item in scheduled], block_size)
     starts = np.array([item.sequence.num_computed_tokens for item in scheduled], np.int32)
     cu_seqlens_q = np.zeros(len(scheduled) + 1, np.int32)
@@ -36,6 +38,22 @@ def build_batch(scheduled: Seq[ScheduledSequence], block_size: int) -> Batch:
         seq_lens=starts + np.array(counts, np.int32),
         block_tables=block_tables,
         **_windows(scheduled, counts, positions),
+    )
+
+
+def _decode_batch(sequences: Seq[Sequence], block_size: int) -> Batch:
+    """One token of each sequence: without numpy's calls over arrays that are hardly longer than one number."""
+    starts = [sequence.num_computed_tokens for sequence in sequences]
+    each = list(zip(sequences, starts, strict=True))
+    slots = [sequence.block_table[at // block_size] * block_size + at % block_size for sequence, at in each]
+    positions = np.array(starts, np.int32)
+    return Batch(
+        token_ids=np.array([sequence.token_ids[at] for sequence, at in each], np.int32),
+        positions=positions,
+        slot_mapping=np.array(slots, np.int32),
+        cu_seqlens_q=np.arange(len(sequences) + 1, dtype=np.int32),
+        seq_lens=positions + np.int32(1),
+        block_tables=_block_tables(sequences, block_size),
     )
 
 

@@ -72,6 +72,8 @@ class BlockManager:
         start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
         needed = -(-end // self.block_size)
         first_written = start // self.block_size
+        if needed == first_written + 1 == len(table) and self._is_own(table[first_written]):
+            return []  # most tokens that are decoded
         shared = [i for i in range(first_written, min(needed, len(table))) if not self._is_own(table[i])]
         num_new = max(0, needed - len(table))
         if num_new + len(shared) > len(self._free):
@@ -156,6 +158,8 @@ class BlockManager:
 
     def release_unseen(self, sequence: Sequence) -> None:
         """Gives back the blocks that no token from num_computed_tokens on will read, by the request's window."""
+        if sequence.request.window is None:
+            return
         unseen = self._unseen(sequence, sequence.num_computed_tokens, len(sequence.block_table))
         for i in range(max(sequence.num_released_blocks, unseen.start), unseen.stop):
             self._drop(sequence.block_table[i])

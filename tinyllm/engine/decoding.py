@@ -118,13 +118,14 @@ class Decoding:
         sequence.history.append(token)
         if sampled.logprobs is not None:
             sequence.logprobs.append(sampled.logprobs)
+        num_output_tokens = sequence.num_output_tokens
         is_eos = token in self.eos_token_ids and not params.ignore_eos
         if is_eos or token in params.stop_token_ids:
             sequence.finish_reason = "stop"
             sequence.stop_reason = None if is_eos else token
-        elif sequence.text.push(token, may_stop=sequence.num_output_tokens >= params.min_tokens):
+        elif sequence.text.push(token, may_stop=num_output_tokens >= params.min_tokens):
             sequence.finish_reason, sequence.stop_reason = "stop", sequence.text.stopped_by
-        elif sequence.num_output_tokens >= params.max_tokens or sequence.num_tokens >= sequence.request.max_len:
+        elif num_output_tokens >= params.max_tokens or sequence.num_tokens >= sequence.request.max_len:
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None:
             sequence.text.finish()
@@ -132,7 +133,7 @@ class Decoding:
     def _banned_ids(self, sequence: Sequence) -> list[int]:
         """End tokens that would come before min_tokens."""
         params = sequence.request.params
-        if sequence.num_output_tokens >= params.min_tokens:
+        if params.min_tokens == 0 or sequence.num_output_tokens >= params.min_tokens:
             return []
         return sorted({*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)})
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tinyllm.engine.sequence import Sequence
 from tinyllm.errors import InvalidRequestError
-from tinyllm.sampling import noise_key
+from tinyllm.sampling import GREEDY_BELOW, noise_key
 from tinyllm.sampling_params import SamplingParams
 
 __all__ = ["Draw", "can_sample_on_device", "check_token", "draws_of"]
@@ -25,7 +25,7 @@ class Draw(NamedTuple):
     """One draw: the row of the step's logits that it is from, the noise's key, the filters; see SamplingParams."""
 
     logits_row: int
-    key: int
+    key: int  # unused where the temperature is below GREEDY_BELOW
     temperature: float
     top_k: int  # 0 keeps all
     top_p: float
@@ -62,7 +62,7 @@ def draws_of(sequence: Sequence, logits_row: int) -> list[Draw]:
 
 
 def _draw(params: SamplingParams, fork_path: tuple[int, ...], position: int, logits_row: int) -> Draw:
-    key = noise_key(params.seed, fork_path, position)
+    key = 0 if params.temperature < GREEDY_BELOW else noise_key(params.seed, fork_path, position)
     return Draw(logits_row, key, params.temperature, max(params.top_k, 0), params.top_p, params.min_p)
 
 

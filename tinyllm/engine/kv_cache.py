@@ -27,13 +27,16 @@ def max_logits_rows(engine: EngineConfig) -> int:
     return min(LOGITS_ROWS, engine.max_batch_tokens)
 
 
-def scratch_sizes(model: ModelConfig, max_batch_tokens: int, max_context: int) -> tuple[int, int, int, int, int, int]:
+def scratch_sizes(
+    model: ModelConfig, max_batch_tokens: int, max_context: int
+) -> tuple[int, int, int, int, int, int, int]:
     """What Backend.workspace_nbytes and reserve want to know. max_context: columns of block tables, in tokens."""
     max_in_features = max(model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim)
     return (
         *(max_batch_tokens, max_in_features),
         *(model.num_heads, model.num_kv_heads, model.head_dim),
         min(max_context, model.max_position),
+        model.vocab_size,
     )
 
 

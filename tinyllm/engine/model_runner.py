@@ -80,7 +80,9 @@ class ModelRunner:
             chunk = np.array(rows[first : first + self.max_logits_rows], np.int32)
             on_device = self.model.compute_logits(backend.gather_rows(hidden, chunk), self.workspace)
             wanted = draws[first : first + len(chunk)]
-            flat = [draw._replace(logits_row=draw.logits_row - first) for row in wanted for draw in row or ()]
+            flat = [draw for row in wanted for draw in row or ()]
+            if first > 0:
+                flat = [draw._replace(logits_row=draw.logits_row - first) for draw in flat]
             tokens = iter(backend.sample(on_device, flat) if flat else ())
             host = backend.to_host(on_device) if keep_logits or None in wanted else [None] * len(chunk)
             for logits, row in zip(host, wanted, strict=True):

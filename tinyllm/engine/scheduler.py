@@ -183,6 +183,8 @@ class Scheduler:
 
     def _admit_waiting(self, step: _Step) -> None:
         """Starts waiting sequences, in order, while budget, places and blocks last."""
+        if not self.waiting:
+            return
         places, at = self._free_places(), 0
         while at < len(self.waiting) and step.budget > 0:
             sequence = self.waiting[at]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tinyllm.backends.base import Backend, F32Array
 from tinyllm.config import ModelConfig
 
 __all__ = ["Activations", "Rotation", "Workspace", "workspace_shapes"]
+
+MAX_VIEWS = 64  # numbers of tokens whose views are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Workspace:
 
     config: ModelConfig
     buffers: Mapping[str, F32Array]
+    _views: dict[int, Activations] = field(default_factory=dict, repr=False, compare=False)  # by number of tokens
 
     @classmethod
     def allocate(cls, config: ModelConfig, max_tokens: int, max_logits_rows: int, backend: Backend) -> Workspace:
@@ -121,6 +124,14 @@ class Workspace:
 
     def activations(self, tokens: int) -> Activations:
         """Views for a step of `tokens` tokens."""
+        views = self._views.get(tokens)
+        if views is None:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
+            views = self._views[tokens] = self._activations(tokens)
+        return views
+
+    def _activations(self, tokens: int) -> Activations:
         assert tokens <= self.max_tokens, f"{tokens} tokens in a workspace for {self.max_tokens}"
         H, KH, D = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         b = {name: buffer[:tokens] for name, buffer in self.buffers.items() if name != "logits"}

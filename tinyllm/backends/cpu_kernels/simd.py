@@ -18,10 +18,11 @@ from tinyllm.backends.cpu_kernels.deferred import Deferred, resolve, types
 from tinyllm.backends.cpu_kernels.half import emit_float_of_half
 
 __all__ = [
-    "LANES", "Vec", "atomic_add", "atomic_load", "atomic_store", "call_task", "compare_exchange", "copy_floats", "fma",
-    "instruction", "iota_mask", "lane_max", "lane_sum", "load", "load_arguments", "load_f32", "load_first", "load_i32",
-    "load_i64", "load_u8", "load_u16", "load_u32", "maximum", "pause", "scatter_floats", "splat", "sqrt", "sqrt_lanes",
-    "store", "store_f32", "store_first", "store_i64", "store_u8", "store_u16", "store_u32", "zeros",
+    "LANES", "Vec", "at_least", "atomic_add", "atomic_load", "atomic_store", "call_task", "compare_exchange",
+    "copy_floats", "count_bits", "first_bit", "fma", "instruction", "iota_mask", "lane_max", "lane_sum", "load",
+    "load_arguments", "load_f32", "load_f64", "load_first", "load_i32", "load_i64", "load_u8", "load_u16", "load_u32",
+    "maximum", "pause", "scatter_floats", "splat", "sqrt", "sqrt_lanes", "store", "store_f32", "store_f64",
+    "store_first", "store_i64", "store_u8", "store_u16", "store_u32", "unordered", "zeros",
 ]  # fmt: skip
 
 LANES = 16
@@ -200,6 +201,38 @@ def iota_mask(b: Builder, x: Value, first: Value, end: Value) -> Value:
     return b.select(b.and_(above, below), x, const_vec(VF, float("-inf")))
 
 
+# ---- one bit for each lane, the first lane's the lowest
+
+
+def emit_bits(b: Builder, lanes: Value) -> Value:
+    """Sixteen truth values as an int64."""
+    return b.zext(b.bitcast(lanes, I16), I64)
+
+
+@instruction(i64, vec, vec)
+def at_least(b: Builder, x: Value, y: Value) -> Value:
+    """Where x >= y; nowhere that one of them is NaN."""
+    return emit_bits(b, b.fcmp_ordered(">=", x, y))
+
+
+@instruction(i64, vec, vec)
+def unordered(b: Builder, x: Value, y: Value) -> Value:
+    """Where x or y is NaN."""
+    return emit_bits(b, b.fcmp_unordered("uno", x, y))
+
+
+@instruction(i64, i64)
+def first_bit(b: Builder, bits: Value) -> Value:
+    """The place of the lowest bit of an int64 that is not 0."""
+    return b.cttz(bits, ir.Constant(I1, 1))
+
+
+count_bits: Callable[[int], int] = instruction(i64, i64)(lambda b, bits: b.ctpop(bits))
+
+
+# ---- square roots
+
+
 @instruction(f32, f32)
 def sqrt(b: Builder, x: Value) -> Value:
     function = b.module.globals.get("llvm.sqrt.f32")
@@ -329,12 +362,14 @@ def _storer(parameter: Any, kind: Any) -> Callable[[int, Any], None]:
 
 
 load_f32: Callable[[int], float] = _loader(f32, F32)
+load_f64: Callable[[int], float] = _loader(types.float64, F64)
 load_i32: Callable[[int], int] = _loader(types.int32, I32)
 load_i64: Callable[[int], int] = _loader(i64, I64)
 load_u8: Callable[[int], int] = _loader(i64, I8)
 load_u16: Callable[[int], int] = _loader(i64, I16)
 load_u32: Callable[[int], int] = _loader(i64, I32)
 store_f32: Callable[[int, float], None] = _storer(f32, F32)
+store_f64: Callable[[int, float], None] = _storer(types.float64, F64)
 store_i64: Callable[[int, int], None] = _storer(i64, I64)
 store_u8: Callable[[int, int], None] = _storer(i64, I8)
 store_u16: Callable[[int, int], None] = _storer(i64, I16)
