@@ -25,15 +25,21 @@ PAGED = ("tests/kernels/test_attention.py",)
 MUTANTS = (
     Mutant("digits: the exponent is one too small", DIGITS, "b.add(top, _i32(0x20000))", "top", INTEGERS),
     Mutant("digits: infinities are converted", DIGITS, "_i32(0x7F800000)", "_i32(0x7F900000)", INTEGERS),
-    Mutant("digits: the low digit is not taken from the rest", DIGITS, "b.sub(X, low), eight", "X, eight", INTEGERS),
+    Mutant(
+        "digits: a low digit is not taken from the rest",
+        DIGITS,
+        "return upper, [b.sub(X, b.shl(high, shift))",
+        "return upper, [b.sub(X, b.shl(X, shift))",
+        INTEGERS,
+    ),
     Mutant(
         "digits: first sums of the wrong sign", DIGITS, "b.sub(_i32(0), b.trunc", "b.add(_i32(0), b.trunc", INTEGERS
     ),
     Mutant(
         "digits: a row's blocks run into the next row",
         DIGITS,
-        "task // steps, task % steps",
-        "task % 2, task // 2",
+        "record = out + tile * tile_stride + t * row_stride",
+        "record = out + tile * tile_stride + t * step_stride",
         INTEGERS,
     ),
     Mutant("bytes: the eighth bit is left out with AVX2", DOT, "    if bits == 8:\n", "    if bits == 9:\n", INTEGERS),
@@ -58,15 +64,15 @@ MUTANTS = (
     Mutant(
         "products: a tile's last rows are left out",
         PRODUCTS,
-        "n, at = min(tile, last - row), out",
-        "n, at = min(tile - 1, last - row), out",
+        "n, at = min(_MANY_TILE, last - row), out",
+        "n, at = min(_MANY_TILE - 1, last - row), out",
         LINEAR,
     ),
     Mutant(
-        "products: a block of rows ends with the batch",
+        "products: a block of rows begins a tile late",
         PRODUCTS,
-        "last = min(rows, first + block_rows)",
-        "last = rows if first == 0 else first",
+        "first, group = task // groups * block_rows, task % groups",
+        "first, group = task // groups * (block_rows + 8), task % groups",
         INTEGERS,
     ),
     Mutant(
@@ -79,24 +85,32 @@ MUTANTS = (
     Mutant(
         "matrix unit: one buffer of sums",
         MATRIX_UNIT,
-        "b.and_(i, const(1)), const(3",
-        "b.and_(i, const(0)), const(3",
+        "b.and_(i, const(1)), const(2",
+        "b.and_(i, const(0)), const(2",
         LINEAR,
     ),
     Mutant(
         "matrix unit: the tile is not cleared",
         MATRIX_UNIT,
-        '                _call(b, "llvm.x86.tilezero", _tile(_SUMS[digit]))\n',
+        '                _call(b, "llvm.x86.tilezero", _tile(C))\n',
         "",
         LINEAR,
     ),
     Mutant(
         "matrix unit: a row too few",
         MATRIX_UNIT,
-        "n = min(AMX_ROWS, last - row)",
-        "n = min(AMX_ROWS - 1, last - row)",
+        "n, at = min(TILE_ROWS, last - row), out",
+        "n, at = min(TILE_ROWS - 1, last - row), out",
         LINEAR,
     ),
+    Mutant(
+        "matrix unit: codes times 16 for both digits",
+        MATRIX_UNIT,
+        "b.store(word, pointer(b, at, V32, 512",
+        "b.store(b.shl(word, const_vec(V32, 4)), pointer(b, at, V32, 512",
+        LINEAR,
+    ),
+    Mutant("digits: the first of four overflows", DIGITS, "bias=8)", "bias=0)", INTEGERS),
     Mutant(
         "formats: a fifth bit of the neighbour",
         FORMATS,
@@ -104,9 +118,7 @@ MUTANTS = (
         "_bits(b, bits, k ^ 4, 15), spread",
         LINEAR,
     ),
-    Mutant(
-        "linear: digits of another offset are kept", LINEAR_OP, "if holds != wanted:\n", "if holds is None:\n", LINEAR
-    ),
+    Mutant("linear: digits of another offset are kept", LINEAR_OP, "holds != way.made:\n", "holds is None:\n", LINEAR),
     Mutant("linear: the LM head is rounded", LINEAR_OP, '("lm_head", "embedding")', "()", INTEGERS),
     Mutant(
         "programs: a step is recorded at once",

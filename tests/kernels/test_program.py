@@ -138,6 +138,20 @@ def test_few_shapes_are_remembered(monkeypatch):
     assert step.calls == 9  # each came back with other buffers: none was ever replayed at addresses that are gone
 
 
+def test_a_program_is_of_its_buffers_alone(monkeypatch):
+    """Another engine on the same backend may have pushed a shape's buffers out."""
+    monkeypatch.setattr(cpu_program, "MAX_SHAPES", 2)
+    backend = CpuBackend(1)
+    ours, others, step = backend.step_runner(), backend.step_runner(), Counting(backend)
+    for _ in range(3):
+        ours.run(backend.stage(decoding([5])), step)
+    for sequences in (2, 3):
+        others.run(backend.stage(decoding([5] * sequences)), step)
+    calls = step.calls
+    ours.run(backend.stage(decoding([5])), step)
+    assert step.calls == calls + 1
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_programs_give_the_bits_of_single_ops(threads, monkeypatch):
     """Sequences come and go, so that many shapes occur, some again and again."""
