@@ -62,6 +62,7 @@ ROWS: dict[str, Make] = {
     "one finite": lambda rng, n: np.where(rng.permutation(n) == 0, -3e38, -INF),
     "the last alone": lambda rng, n: np.where(np.arange(n) == n - 1, 9.0, -9.0),
     "huge": lambda rng, n: rng.uniform(-3e38, 3e38, n),
+    "huge and equal": lambda rng, n: np.where(rng.random(n) < 0.5, 1e30, -1e30),
     "tiny": lambda rng, n: rng.normal(0, 1e-41, n),
     "+inf": lambda rng, n: np.where(rng.permutation(n) < 3, INF, rng.normal(0, 2, n)),
     "all -inf": lambda rng, n: np.full(n, -INF),
@@ -185,40 +186,79 @@ def test_no_noise_is_beyond_its_bounds() -> None:
     assert MOST_NOISE > -np.log(-np.log1p(-(2.0**-53)))
 
 
-@pytest.mark.parametrize("depth", [0.0, 10.0, 20.0, 31.0])
-def test_a_token_of_great_luck_wins(cpu: CpuBackend, depth: float) -> None:
-    """Only noise above `depth` lets it: its key is made so that its number is the largest or close to it."""
+GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+RAREST = (1 << 64) - 1  # what gives the most noise
 
-    def inverse_xorshift(x: int, shift: int) -> int:
+
+def key_of(bits: int, token: int) -> int:
+    """The key from which `token` gets these 64 bits: the mixing function, backwards."""
+
+    def unshift(x: int, shift: int) -> int:
         y = x
         for _ in range(64 // shift + 1):
             y = x ^ (y >> shift)
         return y
 
-    def key_of(bits: int, token: int) -> int:
-        """The key that gives `token` these 64 bits."""
-        x = inverse_xorshift(bits, 31) * pow(0x94D049BB133111EB, -1, 1 << 64) % (1 << 64)
-        x = inverse_xorshift(x, 27) * pow(0xBF58476D1CE4E5B9, -1, 1 << 64) % (1 << 64)
-        return (inverse_xorshift(x, 30) - (token + 1) * 0x9E3779B97F4A7C15) % (1 << 64)
-
-    vocab, token = 5000, 4321
-    logits = np.full((1, vocab), -INF, np.float32)
-    logits[0, [7, token]] = 0.0, -depth
-    # just rare enough, and not quite: the other token's noise is between LEAST_NOISE and about 5
-    for bits, wins in (((1 << 64) - 1, True), (1 << 62, False)):
-        key = key_of(bits, token)
-        drawn = cpu.sample(logits, [Draw(0, key, 1.0, 0, 1.0, 0.0)])[0]
-        rival = -np.log(-np.log(_uniform(key, 7)))
-        noise = -np.log(-np.log((bits >> 12) * 2.0**-52 + 2.0**-53))
-        assert (drawn == token) == (noise - depth > rival)
-        assert wins or drawn == 7 or depth == 0
+    x = unshift(bits, 31) * pow(SECOND, -1, 1 << 64) % (1 << 64)
+    x = unshift(x, 27) * pow(FIRST, -1, 1 << 64) % (1 << 64)
+    return (unshift(x, 30) - (token + 1) * GOLDEN) % (1 << 64)
 
 
-def _uniform(key: int, token: int) -> float:
-    x = (key + (token + 1) * 0x9E3779B97F4A7C15) % (1 << 64)
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % (1 << 64)
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % (1 << 64)
-    return float(((x ^ (x >> 31)) >> 12) + 0.5) * 2.0**-52
+def noise_of(key: int, token: int) -> float:
+    x = (key + (token + 1) * GOLDEN) % (1 << 64)
+    x = (x ^ (x >> 30)) * FIRST % (1 << 64)
+    x = (x ^ (x >> 27)) * SECOND % (1 << 64)
+    return -float(np.log(-np.log((((x ^ (x >> 31)) >> 12) + 0.5) * 2.0**-52)))
+
+
+@pytest.mark.parametrize("likely", [7, 4990])
+@pytest.mark.parametrize("depth", [0.0, 10.0, 20.0, 28.0, 35.0])
+def test_a_token_of_great_luck_wins(cpu: CpuBackend, depth: float, likely: int) -> None:
+    """It is as far below another as only the rarest noise makes up for."""
+    lucky = 4321
+    logits = np.full((1, 5000), -INF, np.float32)
+    logits[0, [likely, lucky]] = 0.0, -depth
+    wins = set()
+    for low in range(16):
+        for bits in (RAREST - (low << 12), 1 << 62 | low << 50):
+            key = key_of(bits, lucky)
+            margin = noise_of(key, lucky) - depth - noise_of(key, likely)
+            assert abs(margin) > 1e-9
+            wins.add(margin > 0)
+            assert cpu.sample(logits, [Draw(0, key, 1.0, 0, 1.0, 0.0)]) == [lucky if margin > 0 else likely]
+    assert True in wins
+
+
+def test_the_least_noise_is_a_number(cpu: CpuBackend) -> None:
+    logits = np.full((1, 50), -INF, np.float32)
+    logits[0, 43] = 2.0
+    assert cpu.sample(logits, [Draw(0, key_of(0, 43), 1.0, 0, 1.0, 0.0)]) == [43]
+
+
+def test_great_luck_does_not_bring_a_token_past_a_filter(cpu: CpuBackend) -> None:
+    """Each is the first that a filter leaves out, and has the noise to win wherever it is kept."""
+    vocab, best = 49152, 30000
+    deep = np.full(vocab, -20.0, np.float32)  # together 1e-4 of the probability
+    deep[best] = 0.0
+    ties = np.full(vocab, -1.0, np.float32)
+    close = np.full(vocab, -INF, np.float32)
+    close[best], close[5] = 3.0, np.float32(3.0 + np.log(0.25))
+    close[6] = np.nextafter(close[5], np.float32(-INF))
+    bound = float(np.exp(np.float64(close[5]) - 3.0)) * (1 - 1e-9)  # between the two
+    for row, lucky, options, kept in (
+        (deep, 0, {"top_p": 0.999}, False),
+        (deep, 0, {"top_p": 0.99995}, True),
+        (deep, 0, {"top_k": 1}, False),
+        (deep, 0, {"top_k": 2}, True),
+        (ties, 40, {"top_k": 40}, False),
+        (ties, 39, {"top_k": 40}, True),
+        (ties, vocab * 3 // 4, {"top_p": 0.75}, False),
+        (ties, vocab * 3 // 4 - 1, {"top_p": 0.75}, True),
+        (close, 5, {"min_p": bound}, True),
+        (close, 6, {"min_p": bound}, False),
+    ):
+        told = draw_of(0, 0, options)._replace(key=key_of(RAREST, lucky))
+        assert (cpu.sample(row[None], [told]) == [lucky]) == kept, options
 
 
 # ---- what a draw depends on

@@ -222,11 +222,11 @@ def quantise_kernel(digits: int, step: int, has_offset: bool) -> Kernel:
         worker: int, begin: int, end: int, x: int, x_stride: int, steps: int, offset: int, out: int, tile_stride: int,
         row_stride: int, step_stride: int,
     ) -> None:  # fmt: skip
-        for task in range(begin, end):
-            row, i = task // steps, task % steps
+        for row in range(begin // steps, (end + steps - 1) // steps):
             tile, t = row // TILE_ROWS, row % TILE_ROWS
-            record = out + tile * tile_stride + t * row_stride + i * step_stride
-            quantise_step(x + row * x_stride + 4 * step * i, offset, record)
+            record = out + tile * tile_stride + t * row_stride
+            for i in range(max(begin - row * steps, 0), min(end - row * steps, steps)):
+                quantise_step(x + row * x_stride + 4 * step * i, offset, record + i * step_stride)
 
     return Kernel(f"digits.quantise-{digits}-{step}-{'offset' if has_offset else 'plain'}", quantise)
 
@@ -237,10 +237,10 @@ def quantise_halves(has_offset: bool) -> Kernel:
     quantise_step = _quantise_halves_step(has_offset)
 
     def quantise(worker: int, begin: int, end: int, x: int, x_stride: int, steps: int, offset: int, out: int) -> None:
-        for task in range(begin, end):
-            row, i = task // steps, task % steps
-            tile = out + (row // TILE_ROWS * steps + i) * HALVES_NBYTES
+        for row in range(begin // steps, (end + steps - 1) // steps):
             t = row % TILE_ROWS
-            quantise_step(x + row * x_stride + 128 * i, offset, tile + 128 * t, tile + 128 * TILE_ROWS + 16 * t)
+            for i in range(max(begin - row * steps, 0), min(end - row * steps, steps)):
+                tile = out + (row // TILE_ROWS * steps + i) * HALVES_NBYTES
+                quantise_step(x + row * x_stride + 128 * i, offset, tile + 128 * t, tile + 128 * TILE_ROWS + 16 * t)
 
     return Kernel(f"digits.halves-{'offset' if has_offset else 'plain'}", quantise)

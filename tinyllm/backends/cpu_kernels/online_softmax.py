@@ -1,11 +1,18 @@
-"""The online softmax of one row over a tile of keys (arXiv:1805.02867), for paged and for dense attention."""
+"""The online softmax of one row over a tile of keys (arXiv:1805.02867), for paged and for dense attention.
+
+m is no more than _SLACK below the largest score so far: moving it means to rescale all that was summed up, and what is
+left out of it cancels in the end. Most tiles leave it where it is, and none of their lanes need be compared then.
+"""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from tinyllm.backends.cpu_kernels.jit import device
 from tinyllm.backends.cpu_kernels.simd import (
+    at_least,
     iota_mask,
     lane_max,
     load,
@@ -20,6 +27,7 @@ from tinyllm.backends.cpu_kernels.vmath import exp_scalar, exp_to_one, tanh
 
 __all__ = ["TILE_KEYS", "exponentiate", "find_maximum", "softmax_row", "start_row"]
 
+_SLACK = 6.0  # probabilities grow to exp(6) at most
 TILE_KEYS = 64  # keys whose scores are exponentiated together
 
 
@@ -36,7 +44,7 @@ def softmax_row(
 ) -> None:
     """Turns the scores of keys first <= j < end of the tile at key `tile` into exp(score - m), the others into 0.
 
-    Scores are scaled first, then capped where cap > 0. Where m grows, l and acc (columns,) are rescaled.
+    Scores are scaled first, then capped where cap > 0. Where m moves, l and acc (columns,) are rescaled.
     """
     find_maximum(scores, tile, first, end, scale, cap, state, acc, columns)
     exponentiate(scores, state)
@@ -46,7 +54,7 @@ def softmax_row(
 def find_maximum(
     scores: int, tile: int, first: int, end: int, scale: float, cap: float, state: int, acc: int, columns: int
 ) -> None:
-    """The first half of softmax_row: the scores scaled, capped and masked, and m."""
+    """The first half of softmax_row: the scores scaled, capped and masked, and m moved if need be."""
     old_m = load_f32(state)
     top = splat(old_m)
     for at in range(0, TILE_KEYS, 16):
@@ -60,8 +68,8 @@ def find_maximum(
                 values = iota_mask(values, first - key, end - key)
             top = maximum(values, top)
         store(scores + 4 * at, values)
-    new_m = lane_max(top)
-    if new_m != old_m:
+    if at_least(top, splat(old_m + np.float32(_SLACK))) != 0:
+        new_m = lane_max(top)
         keep = splat(exp_scalar(old_m - new_m))
         store(state + 64, load(state + 64) * keep)
         for d in range(0, columns, 16):
