@@ -81,6 +81,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "--output-length", "1"], "--output-length"),
         (["plan", "--plot", "picture.bmp"], "--plot"),
         (["plan", "--kv-dtype", "f8"], "--kv-dtype"),
+        (["plan", "--activations", "int4"], "--activations must be one of f32, int8"),
+        (["plan", "--activations", "int8", "--device", "reference"], "--activations int8 is for the CPU"),
         (["plan", "--block-size", "0"], "--block-size"),
         (["plan", "--num-blocks", "-3"], "--num-blocks"),
         (["plan", "--threads", "0"], "--threads"),
