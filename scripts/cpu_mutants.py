@@ -119,7 +119,7 @@ MUTANTS = (
         LINEAR,
     ),
     Mutant("linear: digits of another offset are kept", LINEAR_OP, "holds != way.made:\n", "holds is None:\n", LINEAR),
-    Mutant("linear: the LM head is rounded", LINEAR_OP, '("lm_head", "embedding")', "()", INTEGERS),
+    Mutant("linear: what is near the output is rounded", LINEAR_OP, " and not near_output", "", INTEGERS),
     Mutant(
         "programs: a step is recorded at once",
         PROGRAM,

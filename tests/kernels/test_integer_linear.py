@@ -10,6 +10,7 @@ import pytest
 
 from tests.kernels.conftest import linear_backend
 from tests.kernels.kernel_cases import oracle_values, random_tensor
+from tests.models.quantised_files import make
 from tinyllm.backends.cpu import CpuBackend
 from tinyllm.backends.cpu_kernels import integer_dot
 from tinyllm.backends.cpu_kernels.digits import (
@@ -24,7 +25,8 @@ from tinyllm.backends.cpu_kernels.digits import (
 from tinyllm.backends.cpu_kernels.formats import PACKED
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.simd import V32, emit_load, i64, instruction, pointer, types
-from weights import Tensor
+from tinyllm.models.registry import load_model, model_config
+from weights import open_checkpoint
 from weights.quants import FORMATS
 
 QUANTISED = tuple(name for name, form in PACKED.items() if not form.dense)
@@ -226,11 +228,17 @@ def test_three_digits_are_as_exact_as_float32(rng):
             assert errors[0] < 5e-7 * np.sqrt((exact**2).mean())
 
 
-def test_the_lm_head_is_not_rounded(rng):
+def test_what_is_near_the_output_is_not_rounded(rng, tmp_path):
     backend = linear_backend("int8", 1)
-    data = random_tensor(rng, "Q8_0", (32, 64)).data
-    digits = {name: backend.load_matrix([Tensor(name, (32, 64), "Q8_0", data)]).digits for name in ("lm_head", "q")}
-    assert digits == {"lm_head": 3, "q": 1}
+    tensor = random_tensor(rng, "Q8_0", (32, 64))
+    assert [backend.load_matrix([tensor], near_output=near).digits for near in (True, False)] == [3, 1]
+    path, _ = make(tmp_path, ["Q8_0"])
+    with open_checkpoint(path) as checkpoint:
+        model = load_model(checkpoint, model_config(checkpoint), backend)
+    assert model.lm_head.digits == 3
+    for layer, digits in zip(model.layers, (1, 3), strict=True):
+        matrices = layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down
+        assert [matrix.digits for matrix in matrices] == [digits] * 4
 
 
 def test_int8_leaves_dense_weights_alone(rng):

@@ -163,8 +163,12 @@ class Backend(Protocol):
 
     # ---- what the backend holds in memory; sizes are exact, and known before anything is allocated
 
-    def load_matrix(self, tensors: Sequence[Tensor]) -> Weight:
-        """Packs tensors (out_i, in), stacked along their rows, into one matrix (sum of out_i, in)."""
+    def load_matrix(self, tensors: Sequence[Tensor], *, near_output: bool = False) -> Weight:
+        """Packs tensors (out_i, in), stacked along their rows, into one matrix (sum of out_i, in).
+
+        near_output: of the last layer or the LM head, where what is rounded shows most in the logits: a backend that
+            rounds activations does not do so there.
+        """
         ...
 
     def matrix_nbytes(self, parts: Sequence[tuple[str, tuple[int, int]]]) -> int:

@@ -2,8 +2,8 @@
 
 Quantised weights meet activations cut into digits (see cpu_kernels/digits.py): one where that was asked for, three
 where the CPU multiplies bytes fast enough for that to be the faster way of computing with float32 activations. All
-other products are float32's. The LM head's activations are never rounded to one digit: of all layers that would change
-the likeliest token most often, and it would save least, as only rows that are sampled go through it.
+other products are float32's. Activations of the last layer and of the LM head are never rounded to one digit: there it
+would change the likeliest token most often, and only rows that are sampled go through the LM head.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from weights import Tensor
 __all__ = ["CpuLinear"]
 
 _BLOCK_NBYTES = 3 << 18  # of the digits that a task's rows have: they stay in a core's own cache
-_OUTPUT_MATRICES = ("lm_head", "embedding")  # canonical names
 
 
 class CpuLinear:
@@ -63,8 +62,8 @@ class CpuLinear:
     def _reserve(self, nbytes: int) -> int:
         raise NotImplementedError
 
-    def load_matrix(self, tensors: Sequence[Tensor]) -> PackedWeight:
-        rounded = self.activations == "int8" and all(tensor.name not in _OUTPUT_MATRICES for tensor in tensors)
+    def load_matrix(self, tensors: Sequence[Tensor], *, near_output: bool = False) -> PackedWeight:
+        rounded = self.activations == "int8" and not near_output
         return pack_matrix(tensors, self._run, 1 if rounded else self.exact_digits)
 
     def embedding(self, token_ids: I32Array, weight: PackedWeight, *, out: F32Array | None = None) -> F32Array:

@@ -101,7 +101,7 @@ class CudaBackend(CudaFlashAttention):
             return dense_nbytes(parts, self.compute_dtype)
         return weight_nbytes(parts, self.compute_dtype)
 
-    def load_matrix(self, tensors: Sequence[Tensor]) -> CudaWeight | DenseWeight:
+    def load_matrix(self, tensors: Sequence[Tensor], *, near_output: bool = False) -> CudaWeight | DenseWeight:
         if self._cublas is not None:
             return self._cublas.load(tensors, self.compute_dtype)
         return load_weight(self.runtime, tensors, self.compute_dtype)

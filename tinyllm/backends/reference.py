@@ -103,7 +103,7 @@ class ReferenceBackend(HostBackend):
 
     name = "reference"
 
-    def load_matrix(self, tensors: Sequence[Tensor]) -> DenseWeight:
+    def load_matrix(self, tensors: Sequence[Tensor], *, near_output: bool = False) -> DenseWeight:
         return DenseWeight(np.concatenate([t.dequantize() for t in tensors]))
 
     def matrix_nbytes(self, parts: Sequence[tuple[str, tuple[int, int]]]) -> int:

@@ -77,9 +77,10 @@ class GPT2Layer:
         self.attention = Attention(config, backend, parameters, layer, fused=True)
         self.mlp_norm = parameters.vector((prefix + "mlp_norm", (M,)))
         self.mlp_norm_bias = parameters.vector((prefix + "mlp_norm_bias", (M,)))
-        self.up = parameters.matrix((prefix + "up", (I, M)))
+        last = layer == config.num_layers - 1
+        self.up = parameters.matrix((prefix + "up", (I, M)), near_output=last)
         self.up_bias = parameters.vector((prefix + "up_bias", (I,)))
-        self.down = parameters.matrix((prefix + "down", (M, I)))
+        self.down = parameters.matrix((prefix + "down", (M, I)), near_output=last)
         self.down_bias = parameters.vector((prefix + "down_bias", (M,)))
 
 

@@ -36,12 +36,13 @@ class Attention:
         M, D = config.hidden_size, config.head_dim
         q_rows, kv_rows = config.num_heads * D, config.num_kv_heads * D
         prefix = f"layers.{layer}."
+        last = layer == config.num_layers - 1
         rows = {"qkv": q_rows + 2 * kv_rows} if fused else {"q": q_rows, "k": kv_rows, "v": kv_rows}
-        self.qkv: Weight = parameters.matrix(*((prefix + role, (n, M)) for role, n in rows.items()))
+        self.qkv: Weight = parameters.matrix(*((prefix + role, (n, M)) for role, n in rows.items()), near_output=last)
         self.qkv_bias: F32Array | None = None
         if config.qkv_bias:
             self.qkv_bias = parameters.vector(*((f"{prefix}{role}_bias", (n,)) for role, n in rows.items()))
-        self.o: Weight = parameters.matrix((prefix + "o", (M, q_rows)))
+        self.o: Weight = parameters.matrix((prefix + "o", (M, q_rows)), near_output=last)
         self.o_bias = parameters.vector((prefix + "o_bias", (M,))) if config.attention_output_bias else None
         self.q_norm = parameters.vector((prefix + "q_norm", (D,))) if qk_norm else None
         self.k_norm = parameters.vector((prefix + "k_norm", (D,))) if qk_norm else None
@@ -90,8 +91,10 @@ class GatedMLP:
     def __init__(self, config: ModelConfig, backend: Backend, parameters: Parameters, layer: int) -> None:
         M, I = config.hidden_size, config.intermediate_size  # noqa: E741
         prefix = f"layers.{layer}."
-        self.gate_up: Weight = parameters.matrix((prefix + "gate", (I, M)), (prefix + "up", (I, M)))
-        self.down: Weight = parameters.matrix((prefix + "down", (M, I)))
+        last = layer == config.num_layers - 1
+        gate, up = (prefix + "gate", (I, M)), (prefix + "up", (I, M))
+        self.gate_up: Weight = parameters.matrix(gate, up, near_output=last)
+        self.down: Weight = parameters.matrix((prefix + "down", (M, I)), near_output=last)
         self.gate_up_bias: F32Array | None = None
         self.down_bias: F32Array | None = None
         if config.mlp_bias:
@@ -119,10 +122,10 @@ class Decoder(ABC):
         self.config = config
         self.backend = backend
         self.nbytes = 0
-        self.embedding: Weight = parameters.matrix(("embedding", (V, M)))
+        self.embedding: Weight = parameters.matrix(("embedding", (V, M)), near_output=config.tie_word_embeddings)
         self.lm_head: Weight = self.embedding
         if not config.tie_word_embeddings:
-            self.lm_head = parameters.matrix(("lm_head", (V, M)))
+            self.lm_head = parameters.matrix(("lm_head", (V, M)), near_output=True)
         self.final_norm = parameters.vector(("final_norm", (M,)))
         self.rotary = None if config.rope is None else RotaryTable(config.rope)
         self.local_rotary = None if config.local_rope is None else RotaryTable(config.local_rope)

@@ -27,8 +27,8 @@ MAX_NAMES_SHOWN = 3
 class Parameters(Protocol):
     """Where a model's constructor takes its parameters from."""
 
-    def matrix(self, *parts: Part) -> Weight:
-        """(out_i, in) each -> one packed matrix (sum of out_i, in)."""
+    def matrix(self, *parts: Part, near_output: bool = False) -> Weight:
+        """(out_i, in) each -> one packed matrix (sum of out_i, in); near_output: see Backend.load_matrix."""
         ...
 
     def vector(self, *parts: Part) -> F32Array:
@@ -83,7 +83,7 @@ class ParameterPlan:
         self._misshapen: list[str] = []
         self._unusable: list[str] = []
 
-    def matrix(self, *parts: Part) -> Weight:
+    def matrix(self, *parts: Part, near_output: bool = False) -> Weight:
         stored = []
         for canonical, shape in parts:
             tensor = self._find(canonical, shape)
@@ -159,9 +159,9 @@ class ParameterLoader:
         self._total_nbytes = total_nbytes
         self._progress = progress
 
-    def matrix(self, *parts: Part) -> Weight:
+    def matrix(self, *parts: Part, near_output: bool = False) -> Weight:
         tensors = [self._tensor(canonical) for canonical, _ in parts]
-        weight = self._backend.load_matrix(tensors)
+        weight = self._backend.load_matrix(tensors, near_output=near_output)
         self._done(parts, weight.nbytes)
         return weight
 
