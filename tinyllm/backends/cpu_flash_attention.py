@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from tinyllm.backends.base import F32Array
 from tinyllm.backends.cpu_kernels import flash_attention as kernels
-from tinyllm.backends.cpu_kernels.jit import Kernel
+from tinyllm.backends.cpu_ops import CpuOps
 
 __all__ = ["CpuFlashAttention"]
 
@@ -27,16 +27,8 @@ def _shapes(q: F32Array, k: F32Array, v: F32Array, causal: bool) -> tuple[int, i
     return N, Q, K, H, KH, D, K - Q if causal else K
 
 
-class CpuFlashAttention:
+class CpuFlashAttention(CpuOps):
     """`flash_attention` and `flash_attention_backward` of `Backend`."""
-
-    num_threads: int
-
-    def _run(self, kernel: Kernel, tasks: int, work: int, *arguments: int | float) -> None:
-        raise NotImplementedError
-
-    def _reserve(self, nbytes: int) -> int:
-        raise NotImplementedError
 
     def _transpose(self, x: F32Array, target: int) -> None:
         N, K, KH, D = x.shape

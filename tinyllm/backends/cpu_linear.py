@@ -8,12 +8,10 @@ would change the likeliest token most often, and only rows that are sampled go t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tinyllm.backends.base import F32Array, I32Array
 from tinyllm.backends.cpu_kernels.digits import (
@@ -32,6 +30,7 @@ from tinyllm.backends.cpu_kernels.integer_linear import integer_few_rows, intege
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.linear import FEW_ROWS, block_sums, linear_kernels, worker_nbytes
 from tinyllm.backends.cpu_kernels.packing import PackedWeight, pack_matrix
+from tinyllm.backends.cpu_ops import CpuOps
 from weights import Tensor
 
 __all__ = ["CpuLinear"]
@@ -39,7 +38,7 @@ __all__ = ["CpuLinear"]
 _BLOCK_NBYTES = 3 << 18  # of the digits that a task's rows have: they stay in a core's own cache
 
 
-class CpuLinear:
+class CpuLinear(CpuOps):
     """`load_matrix`, `embedding` and `linear` of `Backend`.
 
     Attributes:
@@ -47,20 +46,9 @@ class CpuLinear:
         matrix_unit: whether AMX multiplies many rows of three digits with codes of four bits.
     """
 
-    num_threads: int
     activations: str
     exact_digits: int = 3 if HAS_VNNI else 0
     matrix_unit: bool
-
-    @property
-    def _address_of(self) -> Callable[[NDArray[Any]], int]:
-        raise NotImplementedError
-
-    def _run(self, kernel: Kernel, tasks: int, work: int, *arguments: int | float) -> None:
-        raise NotImplementedError
-
-    def _reserve(self, nbytes: int) -> int:
-        raise NotImplementedError
 
     def load_matrix(self, tensors: Sequence[Tensor], *, near_output: bool = False) -> PackedWeight:
         rounded = self.activations == "int8" and not near_output

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tinyllm.backends.base import F32Array
-from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.sampling import DRAW_NBYTES, draw, scratch_nbytes
+from tinyllm.backends.cpu_ops import CpuOps
 from tinyllm.sampling import GREEDY_BELOW
 
 __all__ = ["CpuSampling"]
@@ -20,24 +19,13 @@ _DRAW = struct.Struct("=qQdqdd")
 assert _DRAW.size == DRAW_NBYTES
 
 
-class CpuSampling:
+class CpuSampling(CpuOps):
     """`sample` of `Backend`."""
 
     max_sampled_vocab = (1 << 31) - 1
-    num_threads: int
     _draws: NDArray[np.int64] | None = None  # room for the tokens of _max_draws, then for what is told of each
     _draws_address = 0
     _max_draws = 0
-
-    @property
-    def _address_of(self) -> Callable[[NDArray[Any]], int]:
-        raise NotImplementedError
-
-    def _run(self, kernel: Kernel, tasks: int, work: int, *arguments: int | float) -> None:
-        raise NotImplementedError
-
-    def _reserve(self, nbytes: int) -> int:
-        raise NotImplementedError
 
     def _sampling_scratch(self, columns: int) -> int:
         """Bytes of scratch of draws from rows of so many logits."""

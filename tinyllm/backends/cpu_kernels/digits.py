@@ -42,6 +42,7 @@ from tinyllm.backends.cpu_kernels.simd import (
     Builder,
     Value,
     const_vec,
+    emit_call,
     emit_load,
     emit_reduce,
     emit_splat,
@@ -97,13 +98,6 @@ def _i32(value: int) -> Value:
     return ir.Constant(I32, value)
 
 
-def _call(b: Builder, name: str, x: Value) -> Value:
-    function = b.module.globals.get(name)
-    if function is None:
-        function = ir.Function(b.module, ir.FunctionType(x.type, [x.type]), name)
-    return b.call(function, [x])
-
-
 def _power_of_two(b: Builder, top: Value) -> tuple[Value, Value]:
     """2**e and 2**-e for three digits, from the bits of max |x|: 63.5 * 2**16 <= max |x| / 2**e < 127 * 2**16
 
@@ -143,7 +137,7 @@ def _integers(b: Builder, x: Value, step: int, scales: Callable[[Builder, Value]
     kept = emit_splat(b, b.select(finite, _i32(-1), _i32(0)), V32)
     # what is not finite must not be converted
     clean = [b.bitcast(b.and_(b.bitcast(v, V32), kept), VF) for v in vectors]
-    values = [b.fptosi(_call(b, "llvm.rint.v16f32", b.fmul(v, inverses)), V32) for v in clean]
+    values = [b.fptosi(emit_call(b, "llvm.rint.v16f32", VF, b.fmul(v, inverses)), V32) for v in clean]
     return _Integers(values, b.select(finite, scale, ir.Constant(F32, float("nan"))))
 
 

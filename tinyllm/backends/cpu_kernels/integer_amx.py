@@ -45,6 +45,7 @@ from tinyllm.backends.cpu_kernels.simd import (
     Value,
     const,
     const_vec,
+    emit_call,
     emit_fma,
     emit_load,
     emit_loop,
@@ -79,11 +80,8 @@ def has_amx() -> bool:
     return bool(system_call(*map(ctypes.c_long, (_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA))) == 0)
 
 
-def _call(b: Builder, name: str, *values: Value) -> None:
-    function = b.module.globals.get(name)
-    if function is None:
-        function = ir.Function(b.module, ir.FunctionType(ir.VoidType(), [v.type for v in values]), name)
-    b.call(function, values)
+def _emit(b: Builder, name: str, *values: Value) -> None:
+    emit_call(b, f"llvm.x86.{name}", ir.VoidType(), *values)
 
 
 def _tile(number: int) -> Value:
@@ -98,12 +96,12 @@ def _configure(b: Builder, memory: Value) -> None:
     for tile in (*_SUMS, *_ROWS, _CODES):
         b.store(ir.Constant(I16, 64), pointer(b, memory, I16, 16 + 2 * tile))
         b.store(ir.Constant(I8, 16), pointer(b, memory, I8, 48 + tile))
-    _call(b, "llvm.x86.ldtilecfg", pointer(b, memory, I8))
+    _emit(b, "ldtilecfg", pointer(b, memory, I8))
 
 
 @instruction(types.void)
 def _release(b: Builder) -> None:
-    _call(b, "llvm.x86.tilerelease")
+    _emit(b, "tilerelease")
 
 
 def _unpack_group(form: PackedFormat) -> Callable[..., None]:
@@ -142,17 +140,17 @@ def _amx_tile(form: PackedFormat) -> Callable[..., None]:
             i = b.select(b.icmp_signed("<", i, last), i, last)
             codes = b.add(group, b.mul(i, const(_GROUP_STEP_NBYTES)))
             digits = b.add(x, b.mul(i, const(HALVES_NBYTES)))
-            _call(b, "llvm.x86.tileloadd64", _tile(_CODES), pointer(b, codes, I8), const(64))
+            _emit(b, "tileloadd64", _tile(_CODES), pointer(b, codes, I8), const(64))
             for half, (C, A) in enumerate(zip(_SUMS, _ROWS, strict=True)):
-                _call(b, "llvm.x86.tileloadd64", _tile(A), pointer(b, digits, I8, 64 * half), const(128))
-                _call(b, "llvm.x86.tilezero", _tile(C))
-                _call(b, "llvm.x86.tdpbsud", _tile(C), _tile(A), _tile(_CODES))
+                _emit(b, "tileloadd64", _tile(A), pointer(b, digits, I8, 64 * half), const(128))
+                _emit(b, "tilezero", _tile(C))
+                _emit(b, "tdpbsud", _tile(C), _tile(A), _tile(_CODES))
 
         def store(i: Value) -> None:
             """Stores the sums, those of step i."""
             for half, C in enumerate(_SUMS):
                 place = pointer(b, buffer(i), I8, half * _TILE_NBYTES)
-                _call(b, "llvm.x86.tilestored64", _tile(C), place, const(64))
+                _emit(b, "tilestored64", _tile(C), place, const(64))
 
         def one_step(i: Value, accs: list[Value]) -> list[Value]:
             store(b.add(i, const(1)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
-from tinyllm.backends.cpu_kernels.simd import I8, I16, I32, V32, Builder, Value, const_vec
+from tinyllm.backends.cpu_kernels.simd import I8, I16, I32, V32, Builder, Value, const_vec, emit_call
 
 __all__ = ["HAS_VNNI", "emit_dot4"]
 
@@ -21,13 +21,6 @@ _AVX2 = host_cpu().has("avx2")
 HAS_VNNI = _VNNI_512 or _VNNI_256
 
 _LOW, _HIGH = list(range(8)), list(range(8, 16))
-
-
-def _intrinsic(b: Builder, name: str, result: ir.Type, *values: Value) -> Value:
-    function = b.module.globals.get(name)
-    if function is None:
-        function = ir.Function(b.module, ir.FunctionType(result, [v.type for v in values]), name)
-    return b.call(function, values)
 
 
 def _halves(b: Builder, x: Value) -> tuple[Value, Value]:
@@ -50,9 +43,9 @@ def _dot4_avx2(b: Builder, total: Value, codes: Value, x: Value, bits: int) -> V
     parts = []
     for t, c, v in zip(_halves(b, total), _halves(b, codes), _halves(b, x), strict=True):
         arguments = b.bitcast(c, half_bytes), b.bitcast(v, half_bytes)
-        pairs = _intrinsic(b, "llvm.x86.avx2.pmadd.ub.sw", half_shorts, *arguments)
+        pairs = emit_call(b, "llvm.x86.avx2.pmadd.ub.sw", half_shorts, *arguments)
         ones = ir.Constant(half_shorts, [1] * 16)
-        parts.append(b.add(t, _intrinsic(b, "llvm.x86.avx2.pmadd.wd", half, pairs, ones)))
+        parts.append(b.add(t, emit_call(b, "llvm.x86.avx2.pmadd.wd", half, pairs, ones)))
     return _joined(b, *parts)
 
 
@@ -67,11 +60,11 @@ def _dot4_anywhere(b: Builder, total: Value, codes: Value, x: Value) -> Value:
 def emit_dot4(b: Builder, total: Value, codes: Value, x: Value, bits: int) -> Value:
     """total + the products' sums; total, codes and x are sixteen int32, codes of at most `bits` bits a byte."""
     if _VNNI_512:
-        return _intrinsic(b, "llvm.x86.avx512.vpdpbusd.512", V32, total, codes, x)
+        return emit_call(b, "llvm.x86.avx512.vpdpbusd.512", V32, total, codes, x)
     if _VNNI_256:
         arguments = zip(_halves(b, total), _halves(b, codes), _halves(b, x), strict=True)
         half = ir.VectorType(I32, 8)
-        return _joined(b, *(_intrinsic(b, "llvm.x86.avx512.vpdpbusd.256", half, *one) for one in arguments))
+        return _joined(b, *(emit_call(b, "llvm.x86.avx512.vpdpbusd.256", half, *one) for one in arguments))
     if _AVX2:
         return _dot4_avx2(b, total, codes, x, bits)
     return _dot4_anywhere(b, total, codes, x)

@@ -88,11 +88,16 @@ def emit_splat(b: Builder, scalar: Value, kind: Any = VF) -> Value:
     return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, LANES), None))
 
 
-def emit_fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
-    function = b.module.globals.get("llvm.fma.v16f32")
+def emit_call(b: Builder, name: str, result: Any, *values: Value) -> Value:
+    """Calls a function of LLVM's or of a library by its name."""
+    function = b.module.globals.get(name)
     if function is None:
-        function = ir.Function(b.module, ir.FunctionType(VF, [VF, VF, VF]), "llvm.fma.v16f32")
-    return b.call(function, [x, y, z])
+        function = ir.Function(b.module, ir.FunctionType(result, [value.type for value in values]), name)
+    return b.call(function, values)
+
+
+def emit_fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
+    return emit_call(b, "llvm.fma.v16f32", VF, x, y, z)
 
 
 def emit_load_values(b: Builder, address: Value, dtype: str, offset: int | Value = 0) -> Value:
@@ -235,18 +240,12 @@ count_bits: Callable[[int], int] = instruction(i64, i64)(lambda b, bits: b.ctpop
 
 @instruction(f32, f32)
 def sqrt(b: Builder, x: Value) -> Value:
-    function = b.module.globals.get("llvm.sqrt.f32")
-    if function is None:
-        function = ir.Function(b.module, ir.FunctionType(F32, [F32]), "llvm.sqrt.f32")
-    return b.call(function, [x])
+    return emit_call(b, "llvm.sqrt.f32", F32, x)
 
 
 @instruction(vec, vec)
 def sqrt_lanes(b: Builder, x: Value) -> Value:
-    function = b.module.globals.get("llvm.sqrt.v16f32")
-    if function is None:
-        function = ir.Function(b.module, ir.FunctionType(VF, [VF]), "llvm.sqrt.v16f32")
-    return b.call(function, [x])
+    return emit_call(b, "llvm.sqrt.v16f32", VF, x)
 
 
 # ---- memory
@@ -405,10 +404,7 @@ def compare_exchange(b: Builder, address: Value, expected: Value, value: Value) 
 def pause(b: Builder) -> None:
     """Tells the core that this thread spins, where there is such an instruction."""
     if platform.machine() in ("x86_64", "AMD64"):
-        function = b.module.globals.get("llvm.x86.sse2.pause")
-        if function is None:
-            function = ir.Function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause")
-        b.call(function, [])
+        emit_call(b, "llvm.x86.sse2.pause", ir.VoidType())
 
 
 @instruction(types.void, i64, i64, i64, i64, i64)

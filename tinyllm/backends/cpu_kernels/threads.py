@@ -37,6 +37,7 @@ from tinyllm.backends.cpu_kernels.simd import (
     atomic_store,
     call_task,
     compare_exchange,
+    emit_call,
     instruction,
     load_i64,
     pause,
@@ -58,10 +59,7 @@ _YIELD = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
 @instruction(types.void)
 def _yield(b: Builder) -> None:
     """Gives the core to another thread that wants it."""
-    function = b.module.globals.get(_YIELD)
-    if function is None:
-        function = ir.Function(b.module, ir.FunctionType(ir.IntType(32), []), _YIELD)
-    b.call(function, [])
+    emit_call(b, _YIELD, ir.IntType(32))
 
 
 @device
