@@ -64,8 +64,8 @@ MUTANTS = (
     Mutant(
         "products: a tile's last rows are left out",
         PRODUCTS,
-        "n, at = min(_MANY_TILE, last - row), out",
-        "n, at = min(_MANY_TILE - 1, last - row), out",
+        "n, at = min(MANY_TILE, last - row), out",
+        "n, at = min(MANY_TILE - 1, last - row), out",
         LINEAR,
     ),
     Mutant(
@@ -92,7 +92,7 @@ MUTANTS = (
     Mutant(
         "matrix unit: the tile is not cleared",
         MATRIX_UNIT,
-        '                _call(b, "llvm.x86.tilezero", _tile(C))\n',
+        '                _emit(b, "tilezero", _tile(C))\n',
         "",
         LINEAR,
     ),

@@ -26,7 +26,13 @@ from tinyllm.backends.cpu_kernels.digits import (
 from tinyllm.backends.cpu_kernels.formats import PACKED
 from tinyllm.backends.cpu_kernels.integer_amx import AMX_NBYTES, amx_kernel
 from tinyllm.backends.cpu_kernels.integer_dot import HAS_VNNI
-from tinyllm.backends.cpu_kernels.integer_linear import integer_few_rows, integer_kernels, integer_worker_nbytes
+from tinyllm.backends.cpu_kernels.integer_linear import (
+    FEW_ROWS as INTEGER_FEW_ROWS,
+    MANY_TILE,
+    few_rows_kernel,
+    integer_worker_nbytes,
+    many_rows_kernel,
+)
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.linear import FEW_ROWS, block_sums, linear_kernels, worker_nbytes
 from tinyllm.backends.cpu_kernels.packing import PackedWeight, pack_matrix
@@ -72,7 +78,7 @@ class CpuLinear(CpuOps):
         worker = max(worker_nbytes(in_features), integer_worker_nbytes(in_features) + AMX_NBYTES)
         sums = 4 * rows * (in_features // 32) if rows > FEW_ROWS else 0
         tiles = -(-rows // TILE_ROWS)
-        few = min(rows, integer_few_rows()) * row_nbytes(3, 16, in_features)
+        few = min(rows, INTEGER_FEW_ROWS) * row_nbytes(3, 16, in_features)
         records = max(few, tiles * max(tile_nbytes(3, 16, in_features), in_features // 32 * HALVES_NBYTES))
         return self.num_threads * worker + max(sums, records), worker
 
@@ -120,20 +126,19 @@ class CpuLinear(CpuOps):
             sums = block_sums if form.has_minimum else None
             return _Way(floats.many_rows, sums, "sums", form.step, takes_sums=True)
         offset = form.offset
-        if T > integer_few_rows() and digits == 3 and form.bits == 4 and self.matrix_unit:
+        if T > MANY_TILE and digits == 3 and form.bits == 4 and self.matrix_unit:
             stride, halves = in_features // form.step * HALVES_NBYTES, quantise_halves(offset != 0)
             way = _Way(amx_kernel(dtype), halves, ("halves", offset), form.step, True, (offset,), (), stride)
             return replace(way, block_rows=_block_rows(stride))
         made = digits, form.step, offset
-        kernels, record = integer_kernels(dtype, digits), record_nbytes(digits, form.step)
+        record = record_nbytes(digits, form.step)
         quantise = quantise_kernel(digits, form.step, offset != 0)
-        if T <= integer_few_rows():
-            row = row_nbytes(digits, form.step, in_features)
-            kernel = kernels.one_row if T == 1 else kernels.few_rows
+        if T <= INTEGER_FEW_ROWS:
+            row, kernel = row_nbytes(digits, form.step, in_features), few_rows_kernel(dtype, digits, T)
             return _Way(kernel, quantise, made, form.step, True, (offset,), (TILE_ROWS * row, row, record), row)
         tile = tile_nbytes(digits, form.step, in_features)
         places = tile, record, TILE_ROWS * record
-        way = _Way(kernels.many_rows, quantise, made, form.step, True, (offset,), places, tile)
+        way = _Way(many_rows_kernel(dtype, digits), quantise, made, form.step, True, (offset,), places, tile)
         return replace(way, block_rows=_block_rows(tile))
 
 

@@ -6,8 +6,8 @@ x comes as digits (see `digits.py`). For each output, one lane:
                          S = 2**8 (2**8 S_0 + S_1) + S_2            S_0 alone where there is one digit
                          acc = fma(d * scale, S, fma(m, sum of the step's x, acc))
 
-Integers may be added in any order, so only the line with `acc` has one. `one_row` and `few_rows` read packed weights;
-`many_rows` unpacks a group once, so that unpacking costs nothing beside the products:
+Integers may be added in any order, so only the line with `acc` has one. A few rows read packed weights, by a kernel for
+each number of rows; `many_rows` unpacks a group once, so that unpacking costs nothing beside the products:
 
     unpacked group:  [step]  | codes of k = 0 to 3: 16 x 4 bytes | ... of the last four | d: 16 floats | m: 16 floats |
 """
@@ -15,7 +15,6 @@ Integers may be added in any order, so only the line with `acc` has one. `one_ro
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
 from tinyllm.backends.cpu_kernels.deferred import types
@@ -24,7 +23,7 @@ from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
 from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 from tinyllm.backends.cpu_kernels.integer_dot import emit_dot4
 from tinyllm.backends.cpu_kernels.jit import Kernel
-from tinyllm.backends.cpu_kernels.linear_rows import STAGING_NBYTES, finish_rows, row_offsets
+from tinyllm.backends.cpu_kernels.linear_rows import STAGING_NBYTES, finish_rows
 from tinyllm.backends.cpu_kernels.simd import (
     F32,
     I32,
@@ -42,18 +41,13 @@ from tinyllm.backends.cpu_kernels.simd import (
     pointer,
 )
 
-__all__ = ["IntegerKernels", "integer_few_rows", "integer_kernels", "integer_worker_nbytes", "store_results"]
+__all__ = ["FEW_ROWS", "MANY_TILE", "few_rows_kernel", "integer_worker_nbytes", "many_rows_kernel", "store_results"]
 
 _WIDE = host_cpu().has("avx512f")
-_FEW_TILE = 4 if _WIDE else 2
-_MANY_TILE = 8 if _WIDE else 4  # divides TILE_ROWS
+FEW_ROWS = 4 if _WIDE else 2  # beyond this many rows, many_rows is faster
+MANY_TILE = 8 if _WIDE else 4  # rows that many_rows multiplies at once; divides TILE_ROWS
 
 i64 = types.int64
-
-
-def integer_few_rows() -> int:
-    """Beyond this many rows, many_rows is faster."""
-    return _FEW_TILE
 
 
 def integer_worker_nbytes(in_features: int) -> int:
@@ -113,7 +107,11 @@ def _one_step(
         return _products(b, form, codes, digit, records, sums)
 
     upper, lower = products(0), None
-    if digits == 3:
+    if digits == 3 and len(records) <= FEW_ROWS:  # too few to hide how long sixteen products in a chain take
+        eight = const_vec(V32, 8)
+        upper = [b.add(b.shl(x, eight), y) for x, y in zip(upper, products(1), strict=True)]
+        lower = products(2)
+    elif digits == 3:
         upper = products(1, upper)
         lower = products(2)
     lowers = lower or [None] * len(upper)
@@ -128,14 +126,12 @@ def store_results(b: Builder, accs: list[Value], result: Value) -> None:
         b.store(acc, pointer(b, result, VF, 64 * t), align=4)
 
 
-def _packed_tile(form: PackedFormat, digits: int, tile: int) -> Callable[..., None]:
-    """(group, x, x_stride, rows, steps, result): result[t] = 16 outputs of row t."""
+def _packed_tile(form: PackedFormat, digits: int, rows: int) -> Callable[..., None]:
+    """(group, x, x_stride, steps, result): result[t] = 16 outputs of row t."""
 
-    @instruction(types.void, *(i64,) * 6)
-    def packed_tile(
-        b: Builder, group: Value, x: Value, x_stride: Value, rows: Value, steps: Value, result: Value
-    ) -> None:
-        x_rows = [b.add(x, offset) for offset in row_offsets(b, tile, x_stride, rows)]
+    @instruction(types.void, *(i64,) * 5)
+    def packed_tile(b: Builder, group: Value, x: Value, x_stride: Value, steps: Value, result: Value) -> None:
+        x_rows = [b.add(x, b.mul(const(t), x_stride)) for t in range(rows)]
 
         def one_step(i: Value, accs: list[Value]) -> list[Value]:
             step = form.unpack(b, group, i)
@@ -144,7 +140,7 @@ def _packed_tile(form: PackedFormat, digits: int, tile: int) -> Callable[..., No
             records = [b.add(at, b.mul(i, const(record_nbytes(digits, form.step)))) for at in x_rows]
             return _one_step(b, form, digits, lambda: words, step.scale, step.minimum, records, accs)
 
-        store_results(b, emit_loop(b, const(0), steps, 1, [const_vec(VF, 0.0)] * tile, one_step), result)
+        store_results(b, emit_loop(b, const(0), steps, 1, [const_vec(VF, 0.0)] * rows, one_step), result)
 
     return packed_tile
 
@@ -174,7 +170,7 @@ def _unpack_group(form: PackedFormat) -> Callable[..., None]:
 
 
 def _unpacked_tile(form: PackedFormat, digits: int) -> Callable[..., None]:
-    """(group, x, steps, result): the same for _MANY_TILE rows of a tile of records, from an unpacked group."""
+    """(group, x, steps, result): the same for MANY_TILE rows of a tile of records, from an unpacked group."""
     record = record_nbytes(digits, form.step)
 
     @instruction(types.void, *(i64,) * 4)
@@ -188,11 +184,11 @@ def _unpacked_tile(form: PackedFormat, digits: int) -> Callable[..., None]:
             scale = emit_load(b, at, VF, 16 * form.step, align=64)
             minimum = emit_load(b, at, VF, 16 * form.step + 64, align=64) if form.has_minimum else None
             first = b.add(x, b.mul(i, const(TILE_ROWS * record)))
-            records = [b.add(first, const(record * t)) for t in range(_MANY_TILE)]
+            records = [b.add(first, const(record * t)) for t in range(MANY_TILE)]
             return _one_step(b, form, digits, codes, scale, minimum, records, accs)
 
         zero = const_vec(VF, 0.0)
-        store_results(b, emit_loop(b, const(0), steps, 1, [zero] * _MANY_TILE, one_step), result)
+        store_results(b, emit_loop(b, const(0), steps, 1, [zero] * MANY_TILE, one_step), result)
 
     return unpacked_tile
 
@@ -200,40 +196,35 @@ def _unpacked_tile(form: PackedFormat, digits: int) -> Callable[..., None]:
 # ---- kernels
 
 
-@dataclass(frozen=True)
-class IntegerKernels:
-    """The kernels of one format and number of digits.
+@cache
+def few_rows_kernel(dtype: str, digits: int, rows: int) -> Kernel:
+    """x times a quantised format's weights, for 1 <= rows <= FEW_ROWS. A task is a group of sixteen outputs.
 
-    A task is a group of sixteen outputs; of many_rows, for `block_rows` rows, which stay in cache from task to task.
-    Records of many rows are in tiles, x_stride bytes from one to the next; block_rows is a multiple of a tile's.
+    digits: 1 or 3, of x, whose records are row by row.
     """
-
-    one_row: Kernel
-    few_rows: Kernel
-    many_rows: Kernel
-
-
-def _packed_kernel(form: PackedFormat, digits: int, tile: int, name: str) -> Kernel:
-    packed_tile = _packed_tile(form, digits, tile)
+    form = PACKED[dtype]
+    packed_tile = _packed_tile(form, digits, rows)
     step_size = form.step
 
-    def packed(
+    def few_rows(
         worker: int, begin: int, end: int, weight: int, group_nbytes: int, x: int, x_stride: int, rows: int,
         in_features: int, out_features: int, bias: int, out: int, out_stride: int, scratch: int, scratch_stride: int,
     ) -> None:  # fmt: skip
         result = scratch + worker * scratch_stride
         for group in range(begin, end):
-            for row in range(0, rows, tile):
-                at = x + row * x_stride
-                steps = in_features // step_size
-                packed_tile(weight + group * group_nbytes, at, x_stride, rows - row, steps, result)
-                n, at = min(tile, rows - row), out + row * out_stride
-                finish_rows(result, n, group, out_features, bias, at, out_stride)
+            packed_tile(weight + group * group_nbytes, x, x_stride, in_features // step_size, result)
+            finish_rows(result, rows, group, out_features, bias, out, out_stride)
 
-    return Kernel(f"integer_linear.{name}-{digits}-{form.name}", packed)
+    return Kernel(f"integer_linear.rows_{rows}-{digits}-{dtype}", few_rows)
 
 
-def _unpacked_kernel(form: PackedFormat, digits: int) -> Kernel:
+@cache
+def many_rows_kernel(dtype: str, digits: int) -> Kernel:
+    """The same for any number of rows. A task is a group, for `block_rows` rows, which stay in cache between tasks.
+
+    Records are in tiles, x_stride bytes from one to the next; block_rows is a multiple of a tile's.
+    """
+    form = PACKED[dtype]
     unpack_group, unpacked_tile = _unpack_group(form), _unpacked_tile(form, digits)
     step_size, record = form.step, record_nbytes(digits, form.step)
 
@@ -250,21 +241,10 @@ def _unpacked_kernel(form: PackedFormat, digits: int) -> Kernel:
             first, group = task // groups * block_rows, task % groups
             unpack_group(weight + group * group_nbytes, steps, codes)
             last = min(rows, first + block_rows)
-            for row in range(first, last, _MANY_TILE):
+            for row in range(first, last, MANY_TILE):
                 records = x + row // TILE_ROWS * x_stride + row % TILE_ROWS * record
                 unpacked_tile(codes, records, steps, result)
-                n, at = min(_MANY_TILE, last - row), out + row * out_stride
+                n, at = min(MANY_TILE, last - row), out + row * out_stride
                 finish_rows(result, n, group, out_features, bias, at, out_stride)
 
     return Kernel(f"integer_linear.many_rows-{digits}-{form.name}", unpacked)
-
-
-@cache
-def integer_kernels(dtype: str, digits: int) -> IntegerKernels:
-    """digits: 1 or 3, of the activations. dtype: a quantised format."""
-    form = PACKED[dtype]
-    return IntegerKernels(
-        _packed_kernel(form, digits, 1, "one_row"),
-        _packed_kernel(form, digits, _FEW_TILE, "few_rows"),
-        _unpacked_kernel(form, digits),
-    )
