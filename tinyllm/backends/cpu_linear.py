@@ -49,7 +49,7 @@ class CpuLinear(CpuOps):
 
     Attributes:
         exact_digits: of float32 activations beside quantised weights: 3, or 0 where they stay as they are.
-        matrix_unit: whether AMX multiplies many rows of three digits with codes of four bits.
+        matrix_unit: whether AMX multiplies many rows with codes of four bits.
     """
 
     activations: str
@@ -126,9 +126,10 @@ class CpuLinear(CpuOps):
             sums = block_sums if form.has_minimum else None
             return _Way(floats.many_rows, sums, "sums", form.step, takes_sums=True)
         offset = form.offset
-        if T > MANY_TILE and digits == 3 and form.bits == 4 and self.matrix_unit:
+        on_matrix_unit = self.matrix_unit and form.bits == 4 and T > MANY_TILE
+        if on_matrix_unit and digits == 3:
             stride, halves = in_features // form.step * HALVES_NBYTES, quantise_halves(offset != 0)
-            way = _Way(amx_kernel(dtype), halves, ("halves", offset), form.step, True, (offset,), (), stride)
+            way = _Way(amx_kernel(dtype, digits), halves, ("halves", offset), form.step, True, (offset,), (), stride)
             return replace(way, block_rows=_block_rows(stride))
         made = digits, form.step, offset
         record = record_nbytes(digits, form.step)
@@ -138,7 +139,8 @@ class CpuLinear(CpuOps):
             return _Way(kernel, quantise, made, form.step, True, (offset,), (TILE_ROWS * row, row, record), row)
         tile = tile_nbytes(digits, form.step, in_features)
         places = tile, record, TILE_ROWS * record
-        way = _Way(many_rows_kernel(dtype, digits), quantise, made, form.step, True, (offset,), places, tile)
+        kernel = amx_kernel(dtype, digits) if on_matrix_unit else many_rows_kernel(dtype, digits)
+        way = _Way(kernel, quantise, made, form.step, True, (offset,), places, tile)
         return replace(way, block_rows=_block_rows(tile))
 
 

@@ -1,16 +1,16 @@
 """The products of `integer_linear.py` on AMX, the matrix unit of some x86 CPUs: the same integers, so the same bits.
 
-For codes of four bits and activations of three digits, here in four (see `digits.py`). A tile register holds 16 rows of
-64 bytes. One instruction adds to the sums of sixteen rows and sixteen outputs 64 products each: of 32 codes with a
-half of the activations, 16 * code with its upper digit and code with its lower one:
+For codes of four bits. A tile register holds 16 rows of up to 64 bytes. One instruction adds a step's products to the
+sums of sixteen rows and sixteen outputs:
 
-    C (16 rows, 16 outputs) int32  +=  A (16 rows, 64 digits) int8  x  B (64 codes, 16 outputs) uint8
+    C (16 rows, 16 outputs) int32  +=  A (16 rows, K digits) int8  x  B (K codes, 16 outputs) uint8
 
-    A   | H0 | H1 | or | L0 | L1 | of a step                                               tmm4, tmm5
-    B   [k / 4][16 outputs][4 codes], twice: times 16, then as they are                      tmm7
-    C   by way of memory, since scales are float32's business                              tmm0, tmm1
+    one digit      K = 32   A  | X |                        B  [k / 4][16 outputs][4 codes]
+    three digits   K = 64   A  | H0 | H1 |, then | L0 | L1 |   B  the same twice: codes times 16, then as they are
 
-    S = 2**12 C_H + C_L, rounded to float32 once, as `integer_linear` does it for codes of four bits
+Three digits come as the four of `digits.quantise_halves`: 16 * code with a half's upper digit and code with its lower
+one are code with the half, so that two instructions do what would take three. S = 2**12 C_H + C_L is rounded to float32
+once, as `integer_linear` does it for codes of four bits. C goes by way of memory, since scales are float32's business.
 
 Nothing waits for a result: while step i is scaled and added up in vector registers, the sums of step i + 1 are stored
 and those of step i + 2 begun.
@@ -23,12 +23,13 @@ import ctypes
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 from llvmlite import ir
 
 from tinyllm.backends.cpu_kernels.deferred import types
-from tinyllm.backends.cpu_kernels.digits import HALVES_NBYTES, TILE_ROWS
+from tinyllm.backends.cpu_kernels.digits import HALVES_NBYTES, TILE_ROWS, record_nbytes, scale_at
 from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
 from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 from tinyllm.backends.cpu_kernels.integer_linear import store_results
@@ -59,13 +60,52 @@ __all__ = ["AMX_NBYTES", "amx_kernel", "has_amx"]
 
 _TILE_NBYTES = 1024
 AMX_NBYTES = 64 + 2 * 2 * _TILE_NBYTES  # scratch of a worker: the configuration, two steps' sums
-_SUMS, _ROWS, _CODES = (0, 1), (4, 5), 7  # tile registers
+_SUMS, _ROWS, _CODES = (0, 1), (4, 5), 7  # tile registers: C, A, B
 _STEP = 32
-_GROUP_STEP_NBYTES = _TILE_NBYTES + 128  # an unpacked step: B, then d and m of the sixteen outputs
 
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux, x86-64
 
 i64 = types.int64
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """Where a step's operands lie, in a tile of records and in an unpacked group.
+
+    Attributes:
+        name: of the kernel.
+        digits: K.
+        places: of each A in a tile's step.
+        row_nbytes: from one row of A to the next.
+        step_nbytes: of a tile's step.
+        facts, facts_nbytes: where the first row has its scale, sum and first sums, and how far it is to the next.
+        shifts: of the codes, for each of the parts of B.
+    """
+
+    name: str
+    digits: int
+    places: tuple[int, ...]
+    row_nbytes: int
+    step_nbytes: int
+    facts: int
+    facts_nbytes: int
+    shifts: tuple[int, ...]
+
+    @property
+    def b_nbytes(self) -> int:
+        return 16 * self.digits
+
+    @property
+    def group_step_nbytes(self) -> int:
+        """B, then d and m of the sixteen outputs."""
+        return self.b_nbytes + 128
+
+
+_RECORD = record_nbytes(1, _STEP)
+_OPERANDS = {
+    1: _Operands("one", 32, (0,), _RECORD, TILE_ROWS * _RECORD, scale_at(1, _STEP), _RECORD, (0,)),
+    3: _Operands("halves", 64, (0, 64), 128, HALVES_NBYTES, 128 * TILE_ROWS, 16, (4, 0)),
+}
 
 
 @cache
@@ -88,15 +128,20 @@ def _tile(number: int) -> Value:
     return ir.Constant(I8, number)
 
 
-@instruction(types.void, i64)
-def _configure(b: Builder, memory: Value) -> None:
-    """Palette 1: at byte 16 each tile's bytes in a row (int16), at 48 its rows (int8). All are full."""
-    b.store(const_vec(V32, 0), pointer(b, memory, V32), align=64)
-    b.store(ir.Constant(I8, 1), pointer(b, memory, I8))
-    for tile in (*_SUMS, *_ROWS, _CODES):
-        b.store(ir.Constant(I16, 64), pointer(b, memory, I16, 16 + 2 * tile))
-        b.store(ir.Constant(I8, 16), pointer(b, memory, I8, 48 + tile))
-    _emit(b, "ldtilecfg", pointer(b, memory, I8))
+def _configure(operands: _Operands) -> Callable[[int], None]:
+    @instruction(types.void, i64)
+    def configure(b: Builder, memory: Value) -> None:
+        """Palette 1: at byte 16 each tile's bytes in a row (int16), at 48 its rows (int8)."""
+        b.store(const_vec(V32, 0), pointer(b, memory, V32), align=64)
+        b.store(ir.Constant(I8, 1), pointer(b, memory, I8))
+        shapes = dict.fromkeys(_SUMS, (16, 64)) | dict.fromkeys(_ROWS, (16, operands.digits))
+        shapes[_CODES] = operands.digits // 4, 64
+        for tile, (rows, nbytes) in shapes.items():
+            b.store(ir.Constant(I16, nbytes), pointer(b, memory, I16, 16 + 2 * tile))
+            b.store(ir.Constant(I8, rows), pointer(b, memory, I8, 48 + tile))
+        _emit(b, "ldtilecfg", pointer(b, memory, I8))
+
+    return configure
 
 
 @instruction(types.void)
@@ -104,20 +149,21 @@ def _release(b: Builder) -> None:
     _emit(b, "tilerelease")
 
 
-def _unpack_group(form: PackedFormat) -> Callable[..., None]:
+def _unpack_group(form: PackedFormat, operands: _Operands) -> Callable[..., None]:
     """(group, steps, out): writes B and the scales of each step."""
 
     @instruction(types.void, *(i64,) * 3)
     def unpack_group(b: Builder, group: Value, steps: Value, out: Value) -> None:
         def one_step(i: Value, _state: list[Value]) -> list[Value]:
             step = form.unpack(b, group, i)
-            at = b.add(out, b.mul(i, const(_GROUP_STEP_NBYTES)))
+            at = b.add(out, b.mul(i, const(operands.group_step_nbytes)))
             for k, word in step.words:
-                b.store(b.shl(word, const_vec(V32, 4)), pointer(b, at, V32, 16 * k), align=64)
-                b.store(word, pointer(b, at, V32, 512 + 16 * k), align=64)
+                for part, shift in enumerate(operands.shifts):
+                    codes = b.shl(word, const_vec(V32, shift)) if shift else word
+                    b.store(codes, pointer(b, at, V32, 512 * part + 16 * k), align=64)
             for slot, value in ((0, step.scale), (64, step.minimum)):
                 if value is not None:
-                    b.store(value, pointer(b, at, VF, _TILE_NBYTES + slot), align=64)
+                    b.store(value, pointer(b, at, VF, operands.b_nbytes + slot), align=64)
             return []
 
         emit_loop(b, const(0), steps, 1, [], one_step)
@@ -125,8 +171,10 @@ def _unpack_group(form: PackedFormat) -> Callable[..., None]:
     return unpack_group
 
 
-def _amx_tile(form: PackedFormat) -> Callable[..., None]:
+def _amx_tile(form: PackedFormat, operands: _Operands) -> Callable[..., None]:
     """(group, x, steps, sums, result): result[t] = 16 outputs of row t of a tile of records; group is unpacked."""
+    used = list(zip(operands.places, _SUMS, _ROWS, strict=False))
+    parts = range(len(used))
 
     @instruction(types.void, *(i64,) * 5)
     def amx_tile(b: Builder, group: Value, x: Value, steps: Value, sums: Value, result: Value) -> None:
@@ -135,47 +183,51 @@ def _amx_tile(form: PackedFormat) -> Callable[..., None]:
         def buffer(i: Value) -> Value:
             return b.add(sums, b.mul(b.and_(i, const(1)), const(2 * _TILE_NBYTES)))
 
+        def group_step(i: Value) -> Value:
+            return b.add(group, b.mul(i, const(operands.group_step_nbytes)))
+
+        def records(i: Value) -> Value:
+            return b.add(x, b.mul(i, const(operands.step_nbytes)))
+
         def multiply(i: Value) -> None:
             """Begins the sums of step i, or of the last."""
             i = b.select(b.icmp_signed("<", i, last), i, last)
-            codes = b.add(group, b.mul(i, const(_GROUP_STEP_NBYTES)))
-            digits = b.add(x, b.mul(i, const(HALVES_NBYTES)))
-            _emit(b, "tileloadd64", _tile(_CODES), pointer(b, codes, I8), const(64))
-            for half, (C, A) in enumerate(zip(_SUMS, _ROWS, strict=True)):
-                _emit(b, "tileloadd64", _tile(A), pointer(b, digits, I8, 64 * half), const(128))
+            _emit(b, "tileloadd64", _tile(_CODES), pointer(b, group_step(i), I8), const(64))
+            for place, C, A in used:
+                digits = pointer(b, records(i), I8, place)
+                _emit(b, "tileloadd64", _tile(A), digits, const(operands.row_nbytes))
                 _emit(b, "tilezero", _tile(C))
                 _emit(b, "tdpbsud", _tile(C), _tile(A), _tile(_CODES))
 
         def store(i: Value) -> None:
             """Stores the sums, those of step i."""
-            for half, C in enumerate(_SUMS):
-                place = pointer(b, buffer(i), I8, half * _TILE_NBYTES)
+            for part, (_, C, _) in enumerate(used):
+                place = pointer(b, buffer(i), I8, part * _TILE_NBYTES)
                 _emit(b, "tilestored64", _tile(C), place, const(64))
+
+        def total(stored: Value, facts: Value, t: int) -> Value:
+            """S of row t as float32."""
+            values = [emit_load(b, stored, V32, _TILE_NBYTES * part + 64 * t, align=64) for part in parts]
+            if form.offset:
+                first = [emit_load(b, facts, I32, 8 + 4 * part, align=4) for part in parts]
+                values = [b.add(x, emit_splat(b, y, V32)) for x, y in zip(values, first, strict=True)]
+            floats = [b.sitofp(value, VF) for value in values]
+            return floats[0] if len(floats) == 1 else emit_fma(b, floats[0], const_vec(VF, 4096.0), floats[1])
 
         def one_step(i: Value, accs: list[Value]) -> list[Value]:
             store(b.add(i, const(1)))
             multiply(b.add(i, const(2)))
-            at = b.add(group, b.mul(i, const(_GROUP_STEP_NBYTES)))
-            scale = emit_load(b, at, VF, _TILE_NBYTES, align=64)
-            minimum = emit_load(b, at, VF, _TILE_NBYTES + 64, align=64) if form.has_minimum else None
-            stored, facts = buffer(i), b.add(x, b.mul(i, const(HALVES_NBYTES)))
-            closed = []
+            scale = emit_load(b, group_step(i), VF, operands.b_nbytes, align=64)
+            minimum = emit_load(b, group_step(i), VF, operands.b_nbytes + 64, align=64) if form.has_minimum else None
+            stored, first_facts, closed = buffer(i), b.add(records(i), const(operands.facts)), []
             for t, acc in enumerate(accs):
                 if t % 4 == 0:
                     emit_order(b)
-                at_facts = 128 * TILE_ROWS + 16 * t
-                halves = [emit_load(b, stored, V32, _TILE_NBYTES * half + 64 * t, align=64) for half in (0, 1)]
-                if form.offset:
-                    first = [emit_load(b, facts, I32, at_facts + 8 + 4 * half, align=4) for half in (0, 1)]
-                    halves = [b.add(x, emit_splat(b, y, V32)) for x, y in zip(halves, first, strict=True)]
-                upper, lower = (b.sitofp(half, VF) for half in halves)
-                total = emit_fma(b, upper, const_vec(VF, 4096.0), lower)
-                scale_of_row, sum_of_row = (
-                    emit_splat(b, emit_load(b, facts, F32, at_facts + place, align=4)) for place in (0, 4)
-                )
+                facts = b.add(first_facts, const(operands.facts_nbytes * t))
+                scale_of_row, sum_of_row = (emit_splat(b, emit_load(b, facts, F32, place, align=4)) for place in (0, 4))
                 if minimum is not None:
                     acc = emit_fma(b, minimum, sum_of_row, acc)
-                closed.append(emit_fma(b, b.fmul(scale, scale_of_row), total, acc))
+                closed.append(emit_fma(b, b.fmul(scale, scale_of_row), total(stored, facts, t), acc))
             return closed
 
         multiply(const(0))
@@ -187,11 +239,11 @@ def _amx_tile(form: PackedFormat) -> Callable[..., None]:
 
 
 @cache
-def amx_kernel(dtype: str) -> Kernel:
-    """many_rows of IntegerKernels for a format of four bits; x is what digits.quantise_halves makes."""
-    form = PACKED[dtype]
+def amx_kernel(dtype: str, digits: int) -> Kernel:
+    """many_rows for a format of four bits; x is tiles of records, for three digits those of quantise_halves."""
+    form, operands = PACKED[dtype], _OPERANDS[digits]
     assert form.bits == 4 and form.step == _STEP
-    unpack_group, amx_tile = _unpack_group(form), _amx_tile(form)
+    configure, unpack_group, amx_tile = _configure(operands), _unpack_group(form, operands), _amx_tile(form, operands)
 
     def amx_rows(
         worker: int, begin: int, end: int, weight: int, group_nbytes: int, x: int, x_stride: int, rows: int,
@@ -203,7 +255,7 @@ def amx_kernel(dtype: str) -> Kernel:
         sums = result + STAGING_NBYTES + 64
         codes = result + STAGING_NBYTES + AMX_NBYTES
         groups = (out_features + 15) // 16
-        _configure(result + STAGING_NBYTES)
+        configure(result + STAGING_NBYTES)
         for task in range(begin, end):
             first, group = task // groups * block_rows, task % groups
             unpack_group(weight + group * group_nbytes, steps, codes)
@@ -214,4 +266,4 @@ def amx_kernel(dtype: str) -> Kernel:
                 finish_rows(result, n, group, out_features, bias, at, out_stride)
         _release()
 
-    return Kernel(f"integer_amx.amx_rows-{form.name}", amx_rows)
+    return Kernel(f"integer_amx.amx_rows-{operands.name}-{form.name}", amx_rows)
