@@ -35,11 +35,14 @@ from tinyllm.backends.cpu_kernels.simd import (
     const_vec,
     emit_load,
     emit_load_values,
+    emit_prefetch,
     emit_splat,
 )
 from weights.quants import FORMATS
 
 __all__ = ["PACKED", "PackedFormat", "Step"]
+
+_AHEAD_NBYTES = 4096
 
 Quant = tuple[int, Value]  # offset of k within the step, q of the sixteen rows as float32
 Word = tuple[int, Value]  # the same of the first of four codes, one in each byte of sixteen int32
@@ -110,6 +113,16 @@ class PackedFormat:
     def packed_nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a packed matrix (out, in), out being padded to whole groups."""
         return -(-shape[0] // LANES) * LANES * FORMATS[self.name].nbytes(shape[1])
+
+    def prefetch(self, b: Builder, group: Value, step: Value) -> None:
+        """Asks for the weights that follow _AHEAD_NBYTES after step number `step`.
+
+        Left to itself the CPU looks ahead no further than a page, and waits for memory a third of the time.
+        """
+        nbytes = self.group_block_nbytes // self.steps_per_block
+        at = b.add(group, b.add(b.mul(step, const(nbytes)), const(_AHEAD_NBYTES)))
+        for line in range(0, nbytes, 64):
+            emit_prefetch(b, b.add(at, const(line)))
 
     def unpack(self, b: Builder, group: Value, step: Value) -> Step:
         """Emits the unpacking of step number `step` of the group at address `group`."""

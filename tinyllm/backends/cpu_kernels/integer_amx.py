@@ -155,6 +155,7 @@ def _unpack_group(form: PackedFormat, operands: _Operands) -> Callable[..., None
     @instruction(types.void, *(i64,) * 3)
     def unpack_group(b: Builder, group: Value, steps: Value, out: Value) -> None:
         def one_step(i: Value, _state: list[Value]) -> list[Value]:
+            form.prefetch(b, group, i)
             step = form.unpack(b, group, i)
             at = b.add(out, b.mul(i, const(operands.group_step_nbytes)))
             for k, word in step.words:

@@ -134,6 +134,7 @@ def _packed_tile(form: PackedFormat, digits: int, rows: int) -> Callable[..., No
         x_rows = [b.add(x, b.mul(const(t), x_stride)) for t in range(rows)]
 
         def one_step(i: Value, accs: list[Value]) -> list[Value]:
+            form.prefetch(b, group, i)
             step = form.unpack(b, group, i)
             assert step.scale is not None
             words = list(step.words)
@@ -155,6 +156,7 @@ def _unpack_group(form: PackedFormat) -> Callable[..., None]:
     @instruction(types.void, *(i64,) * 3)
     def unpack_group(b: Builder, group: Value, steps: Value, out: Value) -> None:
         def one_step(i: Value, _state: list[Value]) -> list[Value]:
+            form.prefetch(b, group, i)
             step = form.unpack(b, group, i)
             at = b.add(out, b.mul(i, const(_unpacked_step_nbytes(form))))
             for k, word in step.words:

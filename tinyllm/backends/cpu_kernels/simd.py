@@ -77,6 +77,12 @@ def emit_load(b: Builder, address: Value, kind: Any, offset: int | Value = 0, al
     return b.load(pointer(b, address, kind, offset), align=align)
 
 
+def emit_prefetch(b: Builder, address: Value) -> None:
+    """Asks for a cache line that will be read; an address of nothing does no harm."""
+    arguments = (ir.Constant(I32, value) for value in (0, 3, 1))  # to read, to keep, data
+    emit_call(b, "llvm.prefetch.p0", ir.VoidType(), pointer(b, address, I8), *arguments)
+
+
 def emit_order(b: Builder) -> None:
     """Memory is not accessed across this place: LLVM would load ahead until it ran out of registers."""
     b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
