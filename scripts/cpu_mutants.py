@@ -106,8 +106,8 @@ MUTANTS = (
     Mutant(
         "matrix unit: codes times 16 for both digits",
         MATRIX_UNIT,
-        "b.store(word, pointer(b, at, V32, 512",
-        "b.store(b.shl(word, const_vec(V32, 4)), pointer(b, at, V32, 512",
+        "128 * TILE_ROWS, 16, (4, 0))",
+        "128 * TILE_ROWS, 16, (4, 4))",
         LINEAR,
     ),
     Mutant("digits: the first of four overflows", DIGITS, "bias=8)", "bias=0)", INTEGERS),
@@ -146,7 +146,7 @@ MUTANTS = (
     Mutant(
         "programs: block tables stay as they were",
         PROGRAM,
-        "        buffers[-1][:, :columns] = batch.block_tables\n",
+        '        buffers["block_tables"][:, :columns] = batch.block_tables\n',
         "",
         PROGRAMS,
     ),

@@ -102,6 +102,11 @@ class Batch:
             sink_window=sink_window,
         )
 
+    @property
+    def decodes(self) -> bool:
+        """Whether each sequence has one token in this step."""
+        return self.extent.max_query_len == 1 and len(self.token_ids) == len(self.seq_lens)
+
 
 class Weight(Protocol):
     """A matrix (out, in) in the backend's own packed form, quantised as its file had it."""

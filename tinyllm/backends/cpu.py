@@ -331,7 +331,7 @@ class CpuBackend(CpuLinear, CpuFlashAttention, CpuSampling, HostBackend):
         splits = min(-(-max_context // SPLIT_KEYS), (visible + SPLIT_KEYS - 2) // SPLIT_KEYS + 1)
         few = splits > 1 and S * KH < _PARTIAL_TASKS * self.num_threads and self.num_threads > 1
         tile_tokens = attention.query_tile(heads)
-        if few and (T == S == 1 or bool((np.diff(batch.cu_seqlens_q) == 1).all())):
+        if few and batch.decodes:
             parts = 1 + splits
             tasks = S * KH * parts
             scratch = self._reserve(all_workers + tasks * attention.partial_nbytes(heads, D))

@@ -22,6 +22,7 @@ __all__ = ["Program", "ProgramSteps", "StagedBatches"]
 
 MAX_SHAPES = 64  # that are remembered
 MIN_COLUMNS = 16
+VECTORS = ("token_ids", "positions", "slot_mapping", "cu_seqlens_q", "seq_lens")  # of a batch, as long as its sequences
 
 Shape = tuple[int, int]  # sequences, columns of the block table
 
@@ -53,23 +54,23 @@ class Program:
             threads.run(self._address, len(self._jobs), parallel=self._parallel)
 
 
-def _decodes(batch: Batch) -> bool:
+def _recurs(batch: Batch) -> bool:
     """One token for each sequence, and none that streams: its sinks come and go."""
-    return batch.extent.max_query_len == 1 and len(batch.token_ids) == len(batch.seq_lens) and batch.windows is None
+    return batch.decodes and batch.windows is None
 
 
 class StagedBatches:
     """Buffers that decoding batches of one shape are copied into."""
 
     def __init__(self) -> None:
-        self._buffers: dict[Shape, tuple[I32Array, ...]] = {}
+        self._buffers: dict[Shape, dict[str, I32Array]] = {}  # by the names of a batch's arrays
 
     def stage(self, batch: Batch) -> Batch:
         """A decoding batch in its shape's buffers, valid until the next of that shape; any other as it is.
 
         The block table gets a power of two of columns: those past its own hold anything.
         """
-        if not _decodes(batch):
+        if not _recurs(batch):
             return batch
         sequences, columns = batch.block_tables.shape
         shape = sequences, max(MIN_COLUMNS, 1 << (columns - 1).bit_length())
@@ -77,15 +78,12 @@ class StagedBatches:
         if buffers is None:
             if len(self._buffers) >= MAX_SHAPES:
                 del self._buffers[next(iter(self._buffers))]
-            lengths = (sequences, sequences, sequences, sequences + 1, sequences)
-            vectors = tuple(np.zeros(length, np.int32) for length in lengths)
-            buffers = self._buffers[shape] = (*vectors, np.zeros(shape, np.int32))
-        arrays = batch.token_ids, batch.positions, batch.slot_mapping, batch.cu_seqlens_q, batch.seq_lens
-        for target, source in zip(buffers, arrays, strict=False):
-            target[:] = source
-        buffers[-1][:, :columns] = batch.block_tables
-        names = "token_ids", "positions", "slot_mapping", "cu_seqlens_q", "seq_lens", "block_tables"
-        return replace(batch, **dict(zip(names, buffers, strict=True)), staged_extent=batch.extent)
+            vectors = {name: np.zeros_like(getattr(batch, name)) for name in VECTORS}
+            buffers = self._buffers[shape] = {**vectors, "block_tables": np.zeros(shape, np.int32)}
+        for name in VECTORS:
+            buffers[name][:] = getattr(batch, name)
+        buffers["block_tables"][:, :columns] = batch.block_tables
+        return replace(batch, **buffers, staged_extent=batch.extent)
 
 
 class ProgramSteps:
@@ -108,7 +106,7 @@ class ProgramSteps:
         self._seen: dict[Shape, tuple[I32Array, Program | None]] = {}  # with the table that tells its buffers
 
     def run(self, batch: Batch, step: Callable[[], None]) -> None:
-        if not _decodes(batch):
+        if not _recurs(batch):
             step()
             return
         if self._generation() != self._recorded_at:

@@ -39,7 +39,7 @@ def pad_batch(batch: Batch, block_size: int, max_tokens: int) -> Batch:
 
     See Backend.padded.
     """
-    if batch.extent.max_query_len != 1 or len(batch.token_ids) != len(batch.seq_lens):
+    if not batch.decodes:
         return batch
     S, columns = batch.block_tables.shape
     sequences = max(S, min(round_up_sequences(S), max_tokens))
@@ -70,7 +70,7 @@ def pad_batch(batch: Batch, block_size: int, max_tokens: int) -> Batch:
 
 def graph_key(batch: Batch) -> GraphKey | None:
     """What a staged batch's launches depend on, or None where it is not one that recurs."""
-    if batch.extent.max_query_len != 1 or len(batch.token_ids) != len(batch.seq_lens):
+    if not batch.decodes:
         return None
     S, columns = batch.block_tables.shape
     return S, columns, batch.extent, batch.windows is not None

@@ -134,6 +134,12 @@ def _lowest_key(position: int, window: int, sinks: int) -> int:
 
 
 @device
+def _seen(position: int, tile: int, end: int, window: int, sinks: int) -> tuple[int, int]:
+    """(first, end): the keys that a query sees of those from `tile` to `end`; none where first >= end."""
+    return max(tile, _lowest_key(position, window, sinks)), min(end, position + 1)
+
+
+@device
 def _finish(totals: int, total_acc: int, head_dim: int, out: int, lse: int) -> None:
     m, l = load_f32(totals), load_f32(totals + 4)  # noqa: E741
     for d in range(0, head_dim, 16):
@@ -214,16 +220,15 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                     else:
                         key = scores_of(n, key, end, q_rows, k, k_block_stride, table, block_size, head_dim, place)
                 for r in range(r0, r0 + n):
-                    p = position + r // heads
-                    row_first, row_end = max(tile, _lowest_key(p, window, sinks)), min(end_of_tile, p + 1)
+                    row_first, row_end = _seen(position + r // heads, tile, end_of_tile, window, sinks)
                     if row_first < row_end:
                         find_maximum(
                             all_scores + 4 * r * TILE_KEYS, tile, row_first, row_end, scale, cap, states + 128 * r,
                             accs + 4 * r * padded, padded,
                         )  # fmt: skip
                 for r in range(r0, r0 + n):
-                    p = position + r // heads
-                    if max(tile, _lowest_key(p, window, sinks)) < min(end_of_tile, p + 1):
+                    row_first, row_end = _seen(position + r // heads, tile, end_of_tile, window, sinks)
+                    if row_first < row_end:
                         exponentiate(all_scores + 4 * r * TILE_KEYS, states + 128 * r)
             for r0 in range(0, rows, ROW_TILE):
                 n = min(ROW_TILE, rows - r0)
@@ -237,8 +242,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                 if n == 1 or shared_first >= shared_end:
                     shared_first = shared_end = end
                 for r in range(n):
-                    p = position + (r0 + r) // heads
-                    row_first, row_end = max(tile, _lowest_key(p, window, sinks)), min(end_of_tile, p + 1)
+                    row_first, row_end = _seen(position + (r0 + r) // heads, tile, end_of_tile, window, sinks)
                     before = min(row_end, shared_first)
                     if row_first < before:
                         add_values(
@@ -251,7 +255,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                         first_values, acc, padded,
                     )  # fmt: skip
                     for r in range(n):
-                        row_end = min(end_of_tile, position + (r0 + r) // heads + 1)
+                        _, row_end = _seen(position + (r0 + r) // heads, tile, end_of_tile, window, sinks)
                         if shared_end < row_end:
                             add_values(
                                 is_staged, 1, probs + 4 * r * TILE_KEYS, shared_end, row_end, v, v_block_stride, table,

@@ -32,9 +32,8 @@ from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.digits import HALVES_NBYTES, TILE_ROWS, record_nbytes, scale_at
 from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
 from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
-from tinyllm.backends.cpu_kernels.integer_linear import store_results
 from tinyllm.backends.cpu_kernels.jit import Kernel
-from tinyllm.backends.cpu_kernels.linear_rows import STAGING_NBYTES, finish_rows
+from tinyllm.backends.cpu_kernels.linear_rows import STAGING_NBYTES, finish_rows, store_results
 from tinyllm.backends.cpu_kernels.simd import (
     F32,
     I8,

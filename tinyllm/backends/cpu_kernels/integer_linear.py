@@ -23,7 +23,7 @@ from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
 from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 from tinyllm.backends.cpu_kernels.integer_dot import emit_dot4
 from tinyllm.backends.cpu_kernels.jit import Kernel
-from tinyllm.backends.cpu_kernels.linear_rows import STAGING_NBYTES, finish_rows
+from tinyllm.backends.cpu_kernels.linear_rows import STAGING_NBYTES, finish_rows, store_results
 from tinyllm.backends.cpu_kernels.simd import (
     F32,
     I32,
@@ -41,7 +41,7 @@ from tinyllm.backends.cpu_kernels.simd import (
     pointer,
 )
 
-__all__ = ["FEW_ROWS", "MANY_TILE", "few_rows_kernel", "integer_worker_nbytes", "many_rows_kernel", "store_results"]
+__all__ = ["FEW_ROWS", "MANY_TILE", "few_rows_kernel", "integer_worker_nbytes", "many_rows_kernel"]
 
 _WIDE = host_cpu().has("avx512f")
 FEW_ROWS = 4 if _WIDE else 2  # beyond this many rows, many_rows is faster
@@ -119,11 +119,6 @@ def _one_step(
         _close_step(b, form, digits, record, high, low, scale, minimum, acc)
         for record, high, low, acc in zip(records, upper, lowers, accs, strict=True)
     ]
-
-
-def store_results(b: Builder, accs: list[Value], result: Value) -> None:
-    for t, acc in enumerate(accs):
-        b.store(acc, pointer(b, result, VF, 64 * t), align=4)
 
 
 def _packed_tile(form: PackedFormat, digits: int, rows: int) -> Callable[..., None]:

@@ -22,7 +22,7 @@ from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.formats import PACKED, PackedFormat
 from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 from tinyllm.backends.cpu_kernels.jit import Kernel, device, kernel
-from tinyllm.backends.cpu_kernels.linear_rows import STAGING_NBYTES, finish_rows, row_offsets
+from tinyllm.backends.cpu_kernels.linear_rows import STAGING_NBYTES, finish_rows, row_offsets, store_results
 from tinyllm.backends.cpu_kernels.simd import (
     F32,
     I32,
@@ -117,8 +117,7 @@ def _packed_tile(form: PackedFormat, tile: int) -> Callable[..., None]:
 
             parts = emit_loop(b, start, b.add(start, tail), 1, [zero] * tile, one_value)
             accs = _close_step(b, None, None, [], parts, accs)
-        for t, acc in enumerate(accs):
-            b.store(acc, pointer(b, result, VF, 64 * t), align=4)
+        store_results(b, accs, result)
 
     return packed_tile
 
@@ -178,9 +177,8 @@ def _unpacked_tile(
 
     parts = emit_loop(b, const(0), tail, 1, [zero] * tile, one_value)
     with_tail = b.icmp_signed(">", tail, const(0))
-    for t, (acc, part) in enumerate(zip(accs, parts, strict=True)):
-        total = b.select(with_tail, b.fadd(part, acc), acc)
-        b.store(total, pointer(b, result, VF, 64 * t), align=4)
+    totals = [b.select(with_tail, b.fadd(part, acc), acc) for acc, part in zip(accs, parts, strict=True)]
+    store_results(b, totals, result)
 
 
 def _unpack_group(form: PackedFormat) -> Callable[..., None]:

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from tinyllm.backends.cpu_kernels.jit import device
-from tinyllm.backends.cpu_kernels.simd import Builder, Value, const, load, load_first, store, store_first, zeros
+from tinyllm.backends.cpu_kernels.simd import (
+    VF,
+    Builder,
+    Value,
+    const,
+    load,
+    load_first,
+    pointer,
+    store,
+    store_first,
+    zeros,
+)
 
-__all__ = ["MAX_TILE", "STAGING_NBYTES", "finish_rows", "row_offsets"]
+__all__ = ["MAX_TILE", "STAGING_NBYTES", "finish_rows", "row_offsets", "store_results"]
 
 MAX_TILE = 16  # rows
 STAGING_NBYTES = 64 * MAX_TILE  # a tile's results, sixteen outputs a row
@@ -15,6 +26,12 @@ def row_offsets(b: Builder, tile: int, stride: Value, rows: Value) -> list[Value
     """Byte offsets of the tile's rows; those past the last repeat it, and their results go unused."""
     last = b.sub(rows, const(1))
     return [b.mul(b.select(b.icmp_signed("<", const(t), last), const(t), last), stride) for t in range(tile)]
+
+
+def store_results(b: Builder, accs: list[Value], result: Value) -> None:
+    """result[t] = accs[t]"""
+    for t, acc in enumerate(accs):
+        b.store(acc, pointer(b, result, VF, 64 * t), align=4)
 
 
 @device

@@ -23,7 +23,7 @@ from tinyllm.backends.cpu_kernels.simd import (
     store_f32,
     zeros,
 )
-from tinyllm.backends.cpu_kernels.vmath import exp_scalar, exp_to_one, tanh
+from tinyllm.backends.cpu_kernels.vmath import exp_flushed, exp_scalar, tanh
 
 __all__ = ["TILE_KEYS", "exponentiate", "find_maximum", "softmax_row", "start_row"]
 
@@ -83,7 +83,7 @@ def exponentiate(scores: int, state: int) -> None:
     m = splat(load_f32(state))
     total = load(state + 64)
     for at in range(0, TILE_KEYS, 16):
-        probs = exp_to_one(load(scores + 4 * at) - m)
+        probs = exp_flushed(load(scores + 4 * at) - m)
         store(scores + 4 * at, probs)
         total = total + probs
     store(state + 64, total)

@@ -25,7 +25,7 @@ from tinyllm.backends.cpu_kernels.simd import (
     vec,
 )
 
-__all__ = ["exp", "exp_scalar", "exp_to_one", "gelu", "silu", "tanh"]
+__all__ = ["exp", "exp_flushed", "exp_scalar", "gelu", "silu", "tanh"]
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def _exp(x: Lanes) -> Lanes:
     return p.times_power_of_two(shifted)
 
 
-def _exp_to_one(x: Lanes) -> Lanes:
-    """e**x within 2 ulp for x <= 0, and 0 below -87, where results would be subnormal. NaN stays NaN."""
+def _exp_flushed(x: Lanes) -> Lanes:
+    """e**x within 2 ulp for x < 88, and 0 below -87, where results would be subnormal. NaN stays NaN."""
     p, shifted = _reduced_exp(x.where("<", -87.0, -87.0, x))
     return x.where("<", -87.0, 0.0, p.times_normal_power_of_two(shifted))
 
@@ -140,7 +140,7 @@ def _unary(function: Callable[[Lanes], Lanes]) -> Callable[[Vec], Vec]:
     return made
 
 
-exp, exp_to_one, tanh, silu, gelu = (_unary(function) for function in (_exp, _exp_to_one, _tanh, _silu, _gelu))
+exp, exp_flushed, tanh, silu, gelu = (_unary(function) for function in (_exp, _exp_flushed, _tanh, _silu, _gelu))
 
 
 @instruction(types.float32, types.float32)
