@@ -61,6 +61,7 @@ class RequestOutput:
     Attributes:
         prompt_logprobs: one entry a prompt token, where asked for; the first is None: nothing precedes it.
         error: why the request failed, where some finish_reason is "error".
+        num_cached_tokens: how many of the prompt's tokens were not computed, since the cache had them.
         rows: (T, V) logits or (T, M) hidden states, for requests that asked for those instead of text.
     """
 
@@ -73,16 +74,21 @@ class RequestOutput:
     error: str | None = None
     rows: NDArray[np.float32] | None = None
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(0.0))
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """What one step added to continuation `index`: text that will not change any more, and the new ids."""
+    """What one step added to continuation `index`: text that will not change any more, and the new ids.
+
+    logprobs has an entry for each new id, as in CompletionOutput, where they were asked for.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
 
 
 @dataclass(frozen=True)

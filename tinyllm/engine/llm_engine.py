@@ -258,7 +258,8 @@ class LLMEngine:
             elif search is not None and search.done:
                 self._decoding.finish_search(request, search, None)
             if not request.params.ranked:
-                chunks += [(request.request_id, stream_chunk(s)) for s in request.sequences if s.has_news]
+                news = [s for s in request.sequences if s.has_news]
+                chunks += [(request.request_id, stream_chunk(s, self._token_text)) for s in news]
             for sequence in request.sequences:
                 if sequence.finish_reason is not None and sequence.status in (
                     SequenceStatus.WAITING,
@@ -268,7 +269,7 @@ class LLMEngine:
             if request.finished:
                 finished.append(self._end(request, None))
                 if request.params.ranked:
-                    chunks += [(request.request_id, stream_chunk(s)) for s in request.sequences]
+                    chunks += [(request.request_id, stream_chunk(s, self._token_text)) for s in request.sequences]
         return StepResult(chunks, finished)
 
     def _end(self, request: Request, reason: str | None) -> RequestOutput:

@@ -14,12 +14,16 @@ __all__ = ["request_output", "stream_chunk"]
 TokenText = Callable[[int], str]
 
 
-def stream_chunk(sequence: Sequence) -> StreamChunk:
+def stream_chunk(sequence: Sequence, token_text: TokenText | None) -> StreamChunk:
     """What the sequence gained since the last chunk."""
-    new = sequence.token_ids[sequence.num_prompt_tokens + sequence.num_streamed_tokens :]
+    first = sequence.num_streamed_tokens
+    new = sequence.token_ids[sequence.num_prompt_tokens + first :]
     sequence.num_streamed_tokens = sequence.num_output_tokens
     text = sequence.text.take(final=sequence.finish_reason is not None)
-    return StreamChunk(sequence.index, text, new, sequence.finish_reason)
+    logprobs = None
+    if sequence.request.params.logprobs is not None:
+        logprobs = [_logprobs(entries, token_text) for entries in sequence.logprobs[first:]]
+    return StreamChunk(sequence.index, text, new, sequence.finish_reason, logprobs)
 
 
 def request_output(request: Request, token_text: TokenText | None) -> RequestOutput:
@@ -36,6 +40,7 @@ def request_output(request: Request, token_text: TokenText | None) -> RequestOut
         error=request.error,
         rows=request.rows,
         metrics=RequestMetrics(request.arrival_time, request.first_token_time, time.monotonic()),
+        num_cached_tokens=request.num_cached_tokens or 0,
     )
 
 

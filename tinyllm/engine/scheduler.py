@@ -212,6 +212,8 @@ class Scheduler:
         self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.status = SequenceStatus.RUNNING
+        if sequence.request.num_cached_tokens is None:
+            sequence.request.num_cached_tokens = num_prefix_tokens
         step.admitted.append((sequence, num_prefix_tokens))
         step.choose(sequence, num_tokens, copies)
         self._cache_blocks(step, sequence, num_tokens)

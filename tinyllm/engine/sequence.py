@@ -49,6 +49,7 @@ class Request:
         resume_from: a parked sequence whose tokens this prompt begins with.
         keep: whether the blocks of its first sequence are to be kept when it finishes.
         beam_search: what has been found so far, if this is a beam search that has begun.
+        num_cached_tokens: how many of the prompt's tokens the cache had when it was first admitted; None before.
         prompt_logprobs: entry i - 1 holds log p of prompt token i and its rivals; grows in order.
         rows: for LOGITS (T, V) and for EMBED (T, M), float32, filled in order up to num_rows.
     """
@@ -74,6 +75,7 @@ class Request:
     num_forks: int = 0
     error: str | None = None
     first_token_time: float | None = None
+    num_cached_tokens: int | None = None
     beam_search: BeamSearch | None = None
 
     @property
