@@ -37,6 +37,8 @@ NEIGHBOURS = ("tests/e2e/test_same_bits.py", "-k", "test_the_gate and 2-16-2-Tru
 BOOKKEEPING = ("tests/unit/test_block_manager.py", "tests/unit/test_scheduler.py")
 ENGINE = ("tests/unit/test_engine_machine.py", "tests/e2e/test_engine.py")
 DENSE = ("tests/kernels/test_flash_attention.py",)
+STRUCTURED = ("tests/e2e/test_structured_engine.py",)
+GUIDANCE = ("tests/unit/test_guidance.py", "tests/unit/test_structured_output.py")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ BLOCKS = "tinyllm/engine/block_manager.py"
 SCHEDULER = "tinyllm/engine/scheduler.py"
 ENGINE_FILE = "tinyllm/engine/llm_engine.py"
 REFERENCE = "tinyllm/backends/reference.py"
+DECODING = "tinyllm/engine/decoding.py"
 DENSE_OP = "tinyllm/backends/cpu_flash_attention.py"
 DENSE_KERNELS = "tinyllm/backends/cpu_kernels/flash_attention.py"
 ONLINE_SOFTMAX = "tinyllm/backends/cpu_kernels/online_softmax.py"
@@ -476,6 +479,69 @@ MUTANTS = (
         "dv[at] += probs",
         "dv[at] = probs",
         DENSE,
+    ),
+    Mutant(
+        "structured output: forks share a matcher",
+        DECODING,
+        "child.matcher = parent.matcher.copy()",
+        "child.matcher = parent.matcher",
+        STRUCTURED,
+    ),
+    Mutant(
+        "structured output: a complete text goes on",
+        DECODING,
+        "self._followed(sequence, sequence.matcher).finished:",
+        "not self._followed(sequence, sequence.matcher):",
+        STRUCTURED,
+    ),
+    Mutant(
+        "structured output: a beam does not end where its text is complete",
+        DECODING,
+        "found._replace(completing=frozenset(completing))",
+        "found",
+        STRUCTURED,
+    ),
+    Mutant(
+        "structured output: a device draws the token",
+        "tinyllm/engine/device_sampling.py",
+        "        and params.structured_output is None\n",
+        "",
+        STRUCTURED,
+    ),
+    Mutant(
+        "structured output: ids are taken for places among those allowed",
+        "tinyllm/sampling.py",
+        "kept = places if ids is None else ids[places]",
+        "kept = places",
+        STRUCTURED,
+    ),
+    Mutant(
+        "structured output: the end is allowed anywhere",
+        "tinyllm/guidance/matcher.py",
+        "if words[end] >> np.uint32(bit) & np.uint32(1):",
+        "if end >= 0:",
+        GUIDANCE,
+    ),
+    Mutant(
+        "structured output: a text may be spelled with special tokens",
+        "tinyllm/guidance/vocabulary.py",
+        "and i not in self._special for i in ids)",
+        "for i in ids)",
+        GUIDANCE,
+    ),
+    Mutant(
+        "structured output: what is used often is forgotten first",
+        "tinyllm/guidance/compiler.py",
+        "                self._kept.move_to_end(structured_output)\n                return",
+        "                return",
+        GUIDANCE,
+    ),
+    Mutant(
+        "structured output: brackets in strings nest",
+        "tinyllm/structured_output.py",
+        "elif not in_string and",
+        "elif",
+        GUIDANCE,
     ),
 )
 

@@ -14,6 +14,7 @@ from tinyllm.backends.base import Backend
 from tinyllm.config import EngineConfig
 from tinyllm.engine.kv_cache import kv_cache_spec
 from tinyllm.engine.llm_engine import LLMEngine
+from tinyllm.engine.matcher import MakeMatcher
 from tinyllm.engine.sequence import Task
 from tinyllm.models.model import Model
 from tinyllm.models.registry import load_model, model_config
@@ -88,13 +89,19 @@ def tiny_model(device: str, threads: int | None = None) -> Model:
 
 
 def tiny_engine(
-    device: str = "reference", *, threads: int | None = None, eos: tuple[int, ...] = (), **options: Any
+    device: str = "reference",
+    *,
+    threads: int | None = None,
+    eos: tuple[int, ...] = (),
+    make_matcher: MakeMatcher | None = None,
+    **options: Any,
 ) -> LLMEngine:
     """An engine over the tiny model, with its invariants checked at every step."""
     options = {"num_blocks": 64, "block_size": 16, "max_batch_tokens": 64, "debug_checks": True} | options
     config = EngineConfig(device=device, **options)
     model = tiny_model(device, threads)
-    return LLMEngine(model, config, kv_cache_spec(model.config, config, model.backend), eos_token_ids=eos)
+    spec = kv_cache_spec(model.config, config, model.backend)
+    return LLMEngine(model, config, spec, eos_token_ids=eos, make_matcher=make_matcher)
 
 
 def run_all(engine: LLMEngine) -> dict[str, RequestOutput]:

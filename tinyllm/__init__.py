@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from tinyllm.sampling_params import SamplingParams as SamplingParams
     from tinyllm.session import Session as Session
+    from tinyllm.structured_output import StructuredOutput as StructuredOutput
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ _MODULES = {
     "SamplingParams": "tinyllm.sampling_params",
     "Session": "tinyllm.session",
     "Snapshot": "tinyllm.engine.snapshot",
+    "StructuredOutput": "tinyllm.structured_output",
     **dict.fromkeys(_ERRORS, "tinyllm.errors"),
     **dict.fromkeys(_OUTPUTS, "tinyllm.outputs"),
 }

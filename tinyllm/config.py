@@ -174,6 +174,8 @@ class EngineConfig:
     Attributes:
         max_batch_tokens: the token budget of one step; prompts are prefilled in chunks of at most this.
         max_num_seqs: how many sequences may run at once.
+        max_stall: a step may take about this many times as long as the decoding in it would alone; prompts are then
+            prefilled in as small chunks as that takes (see tinyllm.step_cost). None: in chunks of max_batch_tokens.
         block_size: tokens per KV block; a multiple of 16 on the cpu backend, a power of two up to 256 on the GPU.
         num_blocks: KV blocks to reserve; None sizes the cache from the model and the free memory.
         kv_dtype: storage of keys and values: "f32", "f16", "bf16", or on the GPU "int8" or "fp8" with a scale for each
@@ -195,6 +197,7 @@ class EngineConfig:
 
     max_batch_tokens: int = 512
     max_num_seqs: int = 256
+    max_stall: float | None = None
     block_size: int = 16
     num_blocks: int | None = None
     kv_dtype: str = "auto"
@@ -218,6 +221,10 @@ class EngineConfig:
                 value is None or _is_int(value, 1, high),
                 f"{name} must be an integer from 1 to {high}, not {value!r}",
             )
+        _require(
+            self.max_stall is None or (_is_real(self.max_stall) and 1 < self.max_stall <= 1e6),
+            f"max_stall must be a number above 1, not {self.max_stall!r}",
+        )
         for name, known in (("kv_dtype", KV_DTYPES), ("compute_dtype", COMPUTE_DTYPES)):
             value = getattr(self, name)
             allowed = (*known, "auto")

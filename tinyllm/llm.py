@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from tinyllm.backends import backend_for
 from tinyllm.config import EngineConfig
+from tinyllm.embedding import mean_embeddings
 from tinyllm.engine.llm_engine import LLMEngine
 from tinyllm.engine.request_loop import RequestLoop
 from tinyllm.engine.sequence import Task
 from tinyllm.engine.snapshot import Snapshot
 from tinyllm.engine.text import TextDecoder
 from tinyllm.errors import InvalidRequestError, ModelFileError, SnapshotError
+from tinyllm.guidance.compiler import GuidanceCompiler
 from tinyllm.hub import resolve
 from tinyllm.models.registry import load_model, model_config
 from tinyllm.outputs import RequestOutput, ScoreOutput, StreamChunk
@@ -26,6 +28,7 @@ from tinyllm.recording.recorder import Recorder
 from tinyllm.sampling_params import SamplingParams
 from tinyllm.session import Session
 from tinyllm.snapshot_file import check_snapshot, load_snapshot
+from tinyllm.structured_output import StructuredOutput
 from tinyllm.tokenizer import Tokenizer
 from weights import Checkpoint, WeightsError, open_checkpoint
 
@@ -82,14 +85,17 @@ class LLM:
         finally:
             checkpoint.close()
         tokenizer = self.tokenizer
-        eos = {*self.config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
+        known_ends = {*self.config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
+        eos = sorted(token for token in known_ends if token < self.config.vocab_size)
+        self._guidance = None if tokenizer is None else GuidanceCompiler(tokenizer, self.config.vocab_size, eos)
         self.engine = LLMEngine(
             loaded,
             self.engine_config,
             self.memory.kv_cache_spec,
-            eos_token_ids=sorted(token for token in eos if token < self.config.vocab_size),
+            eos_token_ids=eos,
             make_decoder=None if tokenizer is None else _decoder_factory(tokenizer),
             token_text=None if tokenizer is None else tokenizer.token_text,
+            make_matcher=None if self._guidance is None else self._guidance.matcher,
         )
         self._loop = RequestLoop(self.engine)
         if self.recorder is not None:
@@ -137,6 +143,21 @@ class LLM:
     def stream_chat(self, messages: Messages, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """The same, yielding text as it is made."""
         return self.stream(self.encode_chat(messages), sampling_params)
+
+    def compile_structured_output(self, structured_output: StructuredOutput) -> None:
+        """Compiles ahead what a request will ask for, so that its start waits for nothing.
+
+        A request does it by itself, in the middle of everyone's steps. This may be called from any thread while
+        another generates. A text is compiled in a process of its own first, which takes 0.1 s: one that would take
+        seconds, gigabytes or a crash is refused. What was compiled last is kept.
+
+        Raises:
+            InvalidRequestError: it is malformed, asks for what is not supported, is too complex, or llguidance is not
+                installed.
+        """
+        if self._guidance is None:
+            raise InvalidRequestError("structured output needs a tokenizer, and this model has none")
+        self._guidance.matcher(structured_output)
 
     # ---- sessions
 
@@ -200,10 +221,7 @@ class LLM:
 
     def embed(self, prompts: Prompt | Sequence[Prompt], *, normalize: bool = True) -> NDArray[np.float32]:
         """One vector a prompt (N, M): the mean of its final hidden states, of length 1 if `normalize`."""
-        means = np.stack([rows.mean(axis=0, dtype=np.float64) for rows in self._rows(_as_prompts(prompts), Task.EMBED)])
-        if normalize:
-            means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-        return means.astype(np.float32)
+        return mean_embeddings(self._rows(_as_prompts(prompts), Task.EMBED), normalize=normalize)
 
     # ---- text
 

@@ -32,6 +32,8 @@ __all__ = [
     "token_logprobs",
 ]
 
+NOTHING_LEFT = "every token is forbidden: no logit is above -inf"
+NOTHING_FITS = "every token is forbidden: no logit that the structured output allows is above -inf"
 GREEDY_BELOW = 1e-5  # a lower temperature would overflow where it should only sharpen
 
 F32Array = NDArray[np.float32]
@@ -83,6 +85,7 @@ def sample(
     history: TokenHistory,
     fork_path: tuple[int, ...],
     banned_ids: Sequence[int] = (),
+    allowed_ids: IdArray | None = None,
 ) -> SampledToken:
     """Chooses the token at position len(token_ids).
 
@@ -92,24 +95,36 @@ def sample(
         history: the same tokens, counted.
         fork_path: which of the request's sequences this is.
         banned_ids: end tokens not allowed yet (min_tokens).
+        allowed_ids: ascending, the only ids that may be chosen (structured output); None leaves all.
 
     Raises:
         InvalidRequestError: no token is left to choose, a logit is NaN, or a logits processor failed.
     """
     adjusted = adjust(logits, params, token_ids, history, banned_ids)
-    top = adjusted.max()
+    if allowed_ids is None:
+        token = _choose(adjusted, None, params, len(token_ids), fork_path)
+    else:  # the same as with the others at -inf, and quicker where few are left
+        token = _choose(adjusted[allowed_ids], allowed_ids, params, len(token_ids), fork_path)
+    logprobs = None if params.logprobs is None else token_logprobs(logits, token, params.logprobs)
+    return SampledToken(token, logprobs)
+
+
+def _choose(
+    logits: F32Array, ids: IdArray | None, params: SamplingParams, position: int, fork_path: tuple[int, ...]
+) -> int:
+    """One of `ids`, whose logits these are; None stands for all ids."""
+    top = logits.max(initial=-np.inf)
     if np.isnan(top):
         raise InvalidRequestError("the logits contain NaN")
     if top == -np.inf:
-        raise InvalidRequestError("every token is forbidden: no logit is above -inf")
+        raise InvalidRequestError(NOTHING_LEFT if ids is None else NOTHING_FITS)
     if params.temperature < GREEDY_BELOW or top == np.inf:
-        token = int(adjusted.argmax())
-    else:
-        ids, scaled = _filter(adjusted, params)
-        noise = gumbel_noise(params.seed, fork_path, len(token_ids), ids)
-        token = int(ids[(scaled + noise).argmax()])
-    logprobs = None if params.logprobs is None else token_logprobs(logits, token, params.logprobs)
-    return SampledToken(token, logprobs)
+        best = int(logits.argmax())
+        return best if ids is None else int(ids[best])
+    places, scaled = _filter(logits, params)
+    kept = places if ids is None else ids[places]
+    noise = gumbel_noise(params.seed, fork_path, position, kept)
+    return int(kept[(scaled + noise).argmax()])
 
 
 def adjust(

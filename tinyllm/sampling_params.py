@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyllm.errors import InvalidRequestError
+from tinyllm.structured_output import StructuredOutput
 
 __all__ = ["LogitsProcessor", "SamplingParams", "as_int"]
 
@@ -99,12 +100,14 @@ class SamplingParams:
     """How tokens are chosen. The defaults sample from the model's own distribution, reproducibly (seed 0).
 
     The order: repetition, presence and frequency penalties, logit_bias, min_tokens, the user's logits processors,
-    temperature, top_k, top_p, min_p, then one draw. Every draw is a function of (seed, which of the n, position)
-    and the logits alone. Log-probabilities are those of the model's own distribution, before any of these.
+    what structured_output leaves, temperature, top_k, top_p, min_p, then one draw. Every draw is a function of (seed,
+    which of the n, position) and the logits alone. Log-probabilities are those of the model's own distribution, before
+    any of these.
 
     With `beams` there is no draw: beam search keeps the most likely continuations, by the sum of the log-probabilities
-    (penalties, logit_bias, min_tokens and processors applied to them), and temperature, top_k, top_p, min_p and seed
-    play no part. `window` turns on StreamingLLM (arXiv:2309.17453): generation without end in constant memory.
+    (penalties, logit_bias, min_tokens, processors and structured_output applied to them), and temperature, top_k,
+    top_p, min_p and seed play no part. `window` turns on StreamingLLM (arXiv:2309.17453): generation without end in
+    constant memory.
 
     Attributes:
         n: how many continuations to give back; they share the prompt's computation and memory.
@@ -136,6 +139,9 @@ class SamplingParams:
         prompt_logprobs: the same for the tokens of the prompt.
         logits_processors: functions (token_ids of prompt and output, logits (V,) float32) -> logits (V,).
         skip_special_tokens: leave special tokens out of the text.
+        structured_output: what the text must match (StructuredOutput, or a mapping of its fields). Tokens that could
+            not go on to a matching text are left out. The sequence ends with "stop" where the text is complete and
+            nothing could follow, with ignore_eos too; a stop string or max_tokens may end it earlier, incomplete.
 
     Raises:
         InvalidRequestError: a value is of the wrong type or outside its range.
@@ -169,6 +175,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logits_processors: Sequence[LogitsProcessor] = ()
     skip_special_tokens: bool = True
+    structured_output: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         def store(name: str, value: object) -> None:
@@ -232,6 +239,8 @@ class SamplingParams:
             if not callable(processor):
                 raise InvalidRequestError(f"a logits processor must be callable, not {_short(processor)}")
         store("logits_processors", tuple(processors))
+        if self.structured_output is not None:
+            store("structured_output", StructuredOutput.of(self.structured_output))
 
     @property
     def num_sequences(self) -> int:

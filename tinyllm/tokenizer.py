@@ -105,6 +105,10 @@ class Tokenizer:
         """The bytes that one token stands for. Raises InvalidRequestError for an id outside the vocabulary."""
         return self._parts.token_bytes(checked_id(id, self.vocab_size))
 
+    def continuation_bytes(self, id: int) -> bytes:
+        """The bytes that one token adds to a text that goes on, or begins, after a prompt."""
+        return self._parts.separator + self.token_bytes(id)
+
     def token_text(self, id: int) -> str:
         """One token as text; bytes that are no UTF-8 by themselves become U+FFFD."""
         return self.token_bytes(id).decode("utf-8", "replace")

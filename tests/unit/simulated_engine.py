@@ -15,6 +15,7 @@ from tinyllm.engine.block_manager import RELEASED, BlockManager
 from tinyllm.engine.prefix_hash import root_hash
 from tinyllm.engine.scheduler import Scheduler, SchedulerOutput, max_windowed_chunk
 from tinyllm.engine.sequence import Request, Sequence, SequenceStatus
+from tinyllm.step_cost import StallLimit, StepCost
 
 Context = tuple[Any, ...]  # what a key depends on: the root of its hashes, and all tokens up to its own
 
@@ -87,13 +88,19 @@ class Simulation:
     budget: int
     max_seqs: int
     prefix_caching: bool = True
+    max_stall: float | None = None
     goals: dict[Request, Goal] = field(default_factory=dict)
     parked: list[Sequence] = field(default_factory=list)
     num_finished: int = 0
 
     def __post_init__(self) -> None:
         self.manager = BlockManager(self.num_blocks, self.block_size, prefix_caching=self.prefix_caching)
-        self.scheduler = Scheduler(self.manager, max_batch_tokens=self.budget, max_num_seqs=self.max_seqs)
+        self.scheduler = Scheduler(
+            self.manager,
+            max_batch_tokens=self.budget,
+            max_num_seqs=self.max_seqs,
+            stall_limit=None if self.max_stall is None else StallLimit(self.max_stall, StepCost(2.0, 0.05, 0.05)),
+        )
         self.cache = SimulatedCache(self.num_blocks, self.block_size)
         self.capacity = self.num_blocks * self.block_size
         self.restored = count()

@@ -32,6 +32,7 @@ ON_THE_HOST: list[dict[str, Any]] = [
     {"best_of": 3},
     {"beams": 2},
     {"temperature": 1e31},
+    {"structured_output": {"kind": "json_object"}},
 ]
 
 

@@ -12,7 +12,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Each layer may import itself and the layers named after it.
 ALLOWED = {
-    "tinyllm.cli": {"replay", "recording", "llm", "hub", "plan", "engine", "models", "backends", "weights", "base"},
+    "tinyllm.cli": {
+        *("server", "replay", "recording", "llm", "hub", "plan", "loadgen"),
+        *("engine", "models", "backends", "weights", "base"),
+    },
+    "tinyllm.server": {"llm", "recording", "engine", "base"},
     "tinyllm.replay": {"recording", "llm", "engine", "base"},
     "tinyllm.llm": {
         *("recording", "session", "snapshot_file", "hub", "plan"),
@@ -26,13 +30,14 @@ ALLOWED = {
     "tinyllm.models": {"backends", "weights", "base"},
     "tinyllm.backends": {"weights", "cuda_kernels", "base"},
     "tinyllm.hub": {"base"},
+    "tinyllm.loadgen": {"base"},
     "tinyllm.base": {"base"},
     "weights": set(),
     "cuda_kernels": set(),
 }
 LAYERS = (
-    *("cli", "replay", "llm", "recording", "session", "snapshot_file", "hub", "plan"),
-    *("engine", "models", "backends"),
+    *("cli", "server", "replay", "llm", "recording", "session", "snapshot_file", "hub", "plan"),
+    *("loadgen", "engine", "models", "backends"),
 )
 BOOKKEEPING = ("sequence", "block_manager", "scheduler", "batch")  # testable with no model
 
@@ -100,11 +105,19 @@ def test_the_engines_bookkeeping_needs_no_model_and_no_backend() -> None:
 def test_import_tinyllm_is_light() -> None:
     code = (
         "import sys, tinyllm; tinyllm.SamplingParams\n"
-        "heavy = {'numba', 'cupy', 'tokenizers', 'jinja2', 'huggingface_hub', 'rich'} & set(sys.modules)\n"
+        "heavy = {'numba', 'cupy', 'tokenizers', 'jinja2', 'huggingface_hub', 'rich', 'fastapi', 'llguidance'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_one_file_alone_imports_llguidance_and_not_before_it_is_needed() -> None:
+    names = {path.name for _, path in modules() if any(name.split(".")[0] == "llguidance" for name in imports_of(path))}
+    assert names == {"grammar.py"}
+    code = "import sys, tinyllm.llm, tinyllm.guidance.compiler; sys.exit('llguidance' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_kept_kernels_are_loaded_without_numba() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from tests.id_matcher import IdMatcher
 from tests.tiny import random_prompt, run_all, tiny_engine
 from tinyllm.errors import InvalidRequestError, RecordingError
 from tinyllm.recording import events, timeline
@@ -24,6 +25,7 @@ from tinyllm.recording.reader import Recording, sampling_params
 from tinyllm.recording.recorder import Recorder
 from tinyllm.recording.timeline import render_timeline
 from tinyllm.sampling_params import SamplingParams
+from tinyllm.structured_output import StructuredOutput
 
 SCRIPT = Path(timeline.__file__).with_name("timeline_data.js")
 
@@ -176,6 +178,14 @@ def test_a_file_that_is_no_recording_is_refused(path: Path, lines: list[Any], me
         (REQUEST | {"params": {"logit_bias": [[[1], 2]]}}, "a token id must be an integer"),
         (REQUEST | {"params": {"logit_bias": {"1": 2}}}, "logit_bias must be a list"),
         (REQUEST | {"params": []}, "params must be a mapping"),
+        (REQUEST | {"params": {"structured_output": "a"}}, "structured_output must be a StructuredOutput or"),
+        (REQUEST | {"params": {"structured_output": {"kind": []}}}, "the kind of a structured output must be one of"),
+        (REQUEST | {"params": {"structured_output": {"kind": "regex", "text": 3}}}, "the regex must be a string"),
+        (REQUEST | {"params": {"structured_output": {"kind": "regex", "text": "\ud800"}}}, "not valid Unicode"),
+        (
+            REQUEST | {"params": {"structured_output": {"kind": "json_schema", "text": "[" * 99}}},
+            "nested 99 deep; at most 64 is allowed",
+        ),
         (REQUEST | {"session": 1}, "session must be true or false"),
         ({"interrupted": False, "after": 0, "at": 1}, "interrupted must be true"),
     ],
@@ -272,6 +282,10 @@ def test_any_change_to_a_line_is_read_or_refused_by_name(data: st.DataObject, tm
             "priority": st.integers(-5, 5),
             "window": st.integers(1, 99),
             "logprobs": st.integers(0, 5),
+            "structured_output": st.builds(
+                StructuredOutput, st.sampled_from(["regex", "grammar"]), st.text('ab\u2028"\\').map("a".__add__)
+            )
+            | st.just(StructuredOutput.json_object()),
         },
     )
 )
@@ -281,7 +295,7 @@ def test_every_parameter_survives_the_file(values: dict[str, Any], tmp_path_fact
     except InvalidRequestError:
         return
     path = tmp_path_factory.getbasetemp() / "params.jsonl"
-    engine = tiny_engine(max_model_len=64)
+    engine = tiny_engine(max_model_len=64, make_matcher=lambda wanted: IdMatcher(range(61), 4))
     recorder = Recorder(path)
     recorder.attach(engine, "tiny")
     try:

@@ -255,10 +255,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Random requests through a simulated engine, which checks what each query reads and each promise at each step."""
 
     @initialize(
-        sizes=SIZES, budget=st.sampled_from([1, 3, 8, 17, 40]), seqs=st.integers(1, 8), prefix_caching=st.booleans()
+        sizes=SIZES,
+        budget=st.sampled_from([1, 3, 8, 17, 40]),
+        seqs=st.integers(1, 8),
+        prefix_caching=st.booleans(),
+        max_stall=st.sampled_from([None, 1.01, 3.0]),
     )
-    def begin(self, sizes: tuple[int, int], budget: int, seqs: int, prefix_caching: bool) -> None:
-        self.simulation = Simulation(*sizes, budget, seqs, prefix_caching)
+    def begin(
+        self, sizes: tuple[int, int], budget: int, seqs: int, prefix_caching: bool, max_stall: float | None
+    ) -> None:
+        self.simulation = Simulation(*sizes, budget, seqs, prefix_caching, max_stall)
 
     @rule(
         length=st.integers(1, 40),

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tinyllm.step_cost import StepCost
 from weights import Tensor
 
 __all__ = [
@@ -160,11 +161,13 @@ class Backend(Protocol):
     Attributes:
         on_host: whether its arrays are numpy arrays that the host may read and write as they are.
         max_sampled_vocab: the largest vocabulary that `sample` draws from; 0 where the host samples.
+        step_cost: about what a step takes here.
     """
 
     name: str
     on_host: bool
     max_sampled_vocab: int
+    step_cost: StepCost
 
     # ---- what the backend holds in memory; sizes are exact, and known before anything is allocated
 

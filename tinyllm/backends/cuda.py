@@ -36,6 +36,7 @@ from tinyllm.backends.cuda_staging import Staging, pad_batch
 from tinyllm.backends.cuda_weights import CudaWeight, load_weight, weight_nbytes
 from tinyllm.backends.host import EagerSteps
 from tinyllm.errors import ConfigError
+from tinyllm.step_cost import StepCost
 from weights import Tensor
 
 __all__ = ["CudaBackend"]
@@ -68,6 +69,7 @@ class CudaBackend(CudaFlashAttention):
 
     on_host = False
     max_sampled_vocab = MAX_VOCABULARY
+    step_cost = StepCost(fixed=185, per_read=1 / 1000, per_key=1 / 10_000)  # of a llama of 1.24 G in bf16 on an H100
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyllm.backends.base import Batch, F32Array, I32Array, StepRunner
+from tinyllm.step_cost import StepCost
 from weights import Tensor
 
 __all__ = ["EagerSteps", "HostBackend", "available_memory"]
@@ -46,6 +47,7 @@ class HostBackend:
 
     on_host = True
     max_sampled_vocab = 0
+    step_cost = StepCost(fixed=1.25, per_read=1 / 900, per_key=1 / 3000)  # of SmolLM2-135M on two cores with VNNI
 
     def load_vector(self, tensors: Sequence[Tensor]) -> F32Array:
         vectors = [tensor.dequantize() for tensor in tensors]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from tinyllm.cli import bench, chat, console, generate, info, plan, pull, replay, score, timeline
+from tinyllm.cli import bench, chat, console, generate, info, plan, pull, replay, score, serve, timeline
 from tinyllm.cli.console import UsageError
 
 __all__ = ["main"]
@@ -50,7 +50,7 @@ def _build_parser() -> _Parser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
-    for module in (generate, chat, score, plan, info, bench, pull, replay, timeline):
+    for module in (generate, chat, serve, score, plan, info, bench, pull, replay, timeline):
         module.add_parser(commands)
     return parser
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from tinyllm.cli import console, options
+from tinyllm.cli import bench_serve, console, options
 from tinyllm.cli.console import UsageError
 from tinyllm.cli.facts import OthersMeter, machine_facts, model_facts
 from tinyllm.cli.stats import peak_resident_nbytes
@@ -24,6 +24,7 @@ examples:
   tinyllm bench
   tinyllm bench --prompt-length 512 --output-length 64 --batch-sizes 1,4,16 --repeats 5 --json
   tinyllm bench --contexts 32,1024
+  tinyllm bench serve --rate 2 --duration 60
 
 For each batch size B, B prompts of random token ids (a fixed seed) run together: once to warm up, then --repeats
 times for one output token each, and in turn with that --repeats times for all of them. From the medians of these two
@@ -46,7 +47,7 @@ caches hold a part of what is read).
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
-        help="throughput on this machine",
+        help="throughput on this machine; `bench serve`: load on a server",
         description="Measures prefill, decode and batch throughput of a model.",
         epilog=_EPILOG,
     )
@@ -62,6 +63,8 @@ def add_parser(commands: Any) -> None:
     options.add_engine_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
+    parts = parser.add_subparsers(title="of a server", metavar="[serve]", parser_class=type(parser))
+    bench_serve.add_parser(parts, parser)
 
 
 def run(args: argparse.Namespace) -> int:

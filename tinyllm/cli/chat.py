@@ -51,6 +51,7 @@ def add_parser(commands: Any) -> None:
     options.add_model_option(parser, default=LARGER_MODEL)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     options.add_sampling_options(parser, max_tokens=512)
+    options.add_structured_options(parser)
     options.add_engine_options(parser)
     parser.add_argument("--stats", action="store_true", help="statistics on stderr after each answer")
     parser.set_defaults(run=run)

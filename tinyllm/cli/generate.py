@@ -26,6 +26,8 @@ examples:
   echo "Once upon a time" | tinyllm generate --n 2
   tinyllm generate --beams 4 "The old king had three sons, and"
   tinyllm generate --sinks 4 --window 1020 --max-tokens 100000 --ignore-eos "Once upon a time"
+  tinyllm generate --model smollm2-135m-instruct --json-schema person.json "A person, in JSON:"
+  tinyllm generate --regex "(yes|no), [a-z ]+" "Is the sea blue?"
   tinyllm generate --input prompts.jsonl --json > answers.jsonl
 
 Without --model, tales-4m writes: a small model that comes with tinyllm and knows nothing but tales. The name
@@ -35,8 +37,9 @@ Without a prompt, or for "-", the prompt is all of stdin less one trailing newli
 dash goes after "--". Several prompts run as one batch; each one's text follows a line "==> prompt 1/3: ... <==".
 
 The lines of --input are objects: {"prompt": "..."} or {"prompt_token_ids": [...]}, and optionally sampling
-parameters for that line by their Python names, such as "max_tokens", "temperature", "stop", "logit_bias". A bad
-line is named on stderr, the others still run, and the exit status is 2.
+parameters for that line by their Python names, such as "max_tokens", "temperature", "stop", "logit_bias", or
+"structured_output": {"kind": "json_schema", "text": "..."}. A bad line is named on stderr, the others still run, and
+the exit status is 2.
 
 --json prints one object a prompt, in their order: index, prompt, prompt_token_ids, text, token_ids, finish_reason
 ("stop", "length" or "error"), stop_reason; with --n above 1, those are the first sample's, and "outputs" lists all
@@ -59,6 +62,7 @@ def add_parser(commands: Any) -> None:
     options.add_model_option(parser)
     options.add_sampling_options(parser, max_tokens=200, temperature=0.7, top_p=0.9)
     options.add_search_options(parser)
+    options.add_structured_options(parser)
     options.add_engine_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     parser.add_argument(

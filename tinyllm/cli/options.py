@@ -16,12 +16,14 @@ from tinyllm.hub import DEFAULT_MODEL, LARGER_MODEL
 if TYPE_CHECKING:
     from tinyllm.llm import LLM
     from tinyllm.sampling_params import SamplingParams
+    from tinyllm.structured_output import StructuredOutput
 
 __all__ = [
     "add_engine_options",
     "add_model_option",
     "add_sampling_options",
     "add_search_options",
+    "add_structured_options",
     "checked_text",
     "engine_options",
     "load_llm",
@@ -38,6 +40,7 @@ _ENGINE_OPTIONS = {  # field of EngineConfig -> option
     "device": "--device",
     "max_batch_tokens": "--max-batch-tokens",
     "max_num_seqs": "--max-num-seqs",
+    "max_stall": "--max-stall",
     "block_size": "--block-size",
     "num_blocks": "--num-blocks",
     "kv_dtype": "--kv-dtype",
@@ -90,6 +93,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="token budget of one step; longer prompts are prefilled in chunks (default: 512)",
     )
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences that may run at once (default: 256)")
+    group.add_argument(
+        "--max-stall",
+        type=float,
+        metavar="X",
+        help="while others decode, prefill in chunks that make a step at most about X times longer "
+        "(default: only --max-batch-tokens counts)",
+    )
     group.add_argument("--block-size", type=int, metavar="N", help="tokens per block of the KV cache (default: 16)")
     group.add_argument(
         "--num-blocks", type=int, metavar="N", help="blocks of the KV cache (default: from the model and free memory)"
@@ -226,6 +236,15 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_structured_options(parser: argparse.ArgumentParser) -> None:
+    """What the text must look like."""
+    group = parser.add_argument_group("structured output (pip install 'tinyllm[structured]')")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--json-schema", metavar="FILE", help="the text is JSON of the schema in FILE")
+    add("--regex", metavar="REGEX", help="the text matches REGEX as a whole")
+    add("--grammar", metavar="FILE", help="the text is of the grammar in FILE, in llguidance's form of Lark")
+
+
 def _early_stopping(text: str) -> bool | str:
     return {"true": True, "false": False}.get(text.lower(), text)
 
@@ -266,7 +285,24 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     values = {name: getattr(args, name) for name in _SAMPLING_OPTIONS if hasattr(args, name)}
     values["stop"] = tuple(checked_text(text, "--stop") for text in args.stop or ())
     with naming_options():
-        return SamplingParams(**values)
+        return SamplingParams(**values, structured_output=_structured_output(args))
+
+
+def _structured_output(args: argparse.Namespace) -> StructuredOutput | None:
+    from tinyllm.cli.prompts import read_text_file
+    from tinyllm.structured_output import StructuredOutput
+
+    for kind in ("json_schema", "regex", "grammar"):
+        given = getattr(args, kind, None)
+        if given is None:
+            continue
+        option = "--" + kind.replace("_", "-")
+        text, where = (given, option) if kind == "regex" else (read_text_file(given), f"{option} {given}")
+        try:
+            return StructuredOutput(kind, text)
+        except InvalidRequestError as error:
+            raise UsageError(f"{where}: {error}") from error
+    return None
 
 
 def model_name(args: argparse.Namespace) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from tinyllm.config import EngineConfig, ModelConfig
 from tinyllm.engine.beam_search import BeamSearch
 from tinyllm.engine.kv_cache import max_sequence_len
+from tinyllm.engine.matcher import MakeMatcher
 from tinyllm.engine.prefix_hash import root_hash
 from tinyllm.engine.scheduler import max_windowed_chunk
 from tinyllm.engine.sequence import Request, Sequence, Task
@@ -32,6 +33,7 @@ class Admission:
         num_blocks: int,
         eos_token_ids: frozenset[int],
         has_tokenizer: bool,
+        make_matcher: MakeMatcher | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -40,6 +42,7 @@ class Admission:
         self.max_model_len = max_sequence_len(model, config)
         self._eos_token_ids = eos_token_ids
         self._has_tokenizer = has_tokenizer
+        self._make_matcher = make_matcher
         self._num_requests = 0
 
     def check(self, prompt_token_ids: Seq[int], params: SamplingParams, task: Task) -> list[int]:
@@ -67,6 +70,10 @@ class Admission:
         if params.stop and not self._has_tokenizer:
             raise InvalidRequestError("stop strings need a tokenizer, and this model has none")
         self._beam_search(len(token_ids), params)
+        if params.structured_output is not None and task is Task.GENERATE:
+            if self._make_matcher is None:
+                raise InvalidRequestError("structured output needs a tokenizer, and this model has none")
+            self._make_matcher(params.structured_output)  # compiles it
         return token_ids
 
     def request(

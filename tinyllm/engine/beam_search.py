@@ -12,7 +12,8 @@ The definition is the common one, and equals that of transformers 5 (`generate(n
 
 - A beam's score while it lives is the sum of its tokens' log-probabilities.
 - A step ranks the continuations of all beams. Those among the first B that end with an end token are finished; one that
-  ends at a lower rank is dropped. The B best of the others live on.
+  ends at a lower rank is dropped. The B best of the others live on. A token that completes a structured text, which
+  transformers has no word for, ends a beam as an end token does.
 - The B best finished hypotheses are kept, by sum / length ** length_penalty, the end token counted, the prompt not.
 - At the last token allowed, the first B are finished whatever they end with.
 - One beam is greedy search: it ends at its first end token, whatever early_stopping says.
@@ -44,6 +45,7 @@ class Candidates(NamedTuple):
 
     token_ids: NDArray[np.intp]  # (N,)
     logprobs: NDArray[np.float64]  # (N,) above -inf
+    completing: frozenset[int] = frozenset()  # of these, the tokens after which the text is complete
 
 
 class Continuation(NamedTuple):
@@ -60,7 +62,7 @@ class Hypothesis:
     Attributes:
         token_ids: what was generated, the end token included.
         score: sum of log-probabilities / len(token_ids) ** length_penalty.
-        finish_reason: "stop" after an end token, "length", or None for a beam of a search cut short.
+        finish_reason: "stop" after an end token or a complete text, "length", or None for a beam of a search cut short.
         stop_reason: the stop token id that ended it, if one did.
     """
 
@@ -94,6 +96,7 @@ class _Finished(NamedTuple):
     score: float
     length: int
     beam: Continuation
+    complete: bool  # by the text's structure, without an end token
 
 
 class BeamSearch:
@@ -166,9 +169,10 @@ class BeamSearch:
         live_sums: list[float] = []
         for rank, i in enumerate(top_ids(sums, self.num_candidates)):
             beam = Continuation(int(parents[i]), int(token_ids[i]))
-            if beam.token_id in self._end_token_ids or length == self.max_new_tokens:
+            complete = beam.token_id in rows[beam.parent].completing
+            if complete or beam.token_id in self._end_token_ids or length == self.max_new_tokens:
                 if rank < self.num_beams:
-                    self._finished.append(_Finished(self._score(sums[i], length), length, beam))
+                    self._finished.append(_Finished(self._score(sums[i], length), length, beam, complete))
             elif len(live) < self.num_beams:
                 live.append(beam)
                 live_sums.append(sums[i])
@@ -188,8 +192,8 @@ class BeamSearch:
         Of a search that is not done: what has finished, then the live beams.
         """
         found = [
-            self._hypothesis(score, self._trace(length - 1, beam), finished=True)
-            for score, length, beam in self._finished[:n]
+            self._hypothesis(score, self._trace(length - 1, beam), finished=True, complete=complete)
+            for score, length, beam, complete in self._finished[:n]
         ]
         length = len(self._steps)
         if not self.done and length:
@@ -197,6 +201,9 @@ class BeamSearch:
                 score = self._score(total, length)
                 found.append(self._hypothesis(score, self._trace(length - 1, beam), finished=False))
         return found[:n]
+
+    def is_end_token(self, token_id: int) -> bool:
+        return token_id in self._end_token_ids
 
     def _score(self, total: float, length: int) -> float:
         return float(total) / length**self.length_penalty
@@ -220,10 +227,10 @@ class BeamSearch:
             token_ids.append(beam.token_id)
         return token_ids[::-1]
 
-    def _hypothesis(self, score: float, token_ids: list[int], *, finished: bool) -> Hypothesis:
+    def _hypothesis(self, score: float, token_ids: list[int], *, finished: bool, complete: bool = False) -> Hypothesis:
         last = token_ids[-1]
         if not finished:
             return Hypothesis(token_ids, score, None, None)
         if last not in self._end_token_ids:
-            return Hypothesis(token_ids, score, "length", None)
+            return Hypothesis(token_ids, score, "stop" if complete else "length", None)
         return Hypothesis(token_ids, score, "stop", None if last in self._eos_token_ids else last)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence as Seq
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tinyllm.backends.base import F32Array
-from tinyllm.engine.beam_search import BeamSearch, candidates, log_softmax
+from tinyllm.engine.beam_search import BeamSearch, Candidates, candidates, log_softmax
 from tinyllm.engine.device_sampling import Draw, can_sample_on_device, check_token, draws_of
+from tinyllm.engine.matcher import MakeMatcher, Matcher
 from tinyllm.engine.scheduler import Scheduler
 from tinyllm.engine.sequence import Request, Sequence, SequenceStatus, Task
 from tinyllm.engine.text import TextDecoder, TextStream
@@ -24,6 +28,7 @@ class Decoding:
     Args:
         eos_token_ids: ids that end a sequence unless ignore_eos.
         make_decoder: makes an incremental decoder for a sequence, given skip_special_tokens; None without a tokenizer.
+        make_matcher: makes what keeps a sequence to a structured output; None without a tokenizer.
     """
 
     def __init__(
@@ -31,15 +36,22 @@ class Decoding:
         scheduler: Scheduler,
         eos_token_ids: frozenset[int],
         make_decoder: Callable[[bool], TextDecoder] | None,
+        make_matcher: MakeMatcher | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.eos_token_ids = eos_token_ids
         self.make_decoder = make_decoder
+        self.make_matcher = make_matcher
 
     def first_sequence(self, request: Request) -> Sequence:
         """The sequence that a request begins with."""
         token_ids = request.prompt_token_ids
-        return self._sequence(request, token_ids.copy(), TokenHistory.of(token_ids))
+        sequence = self._sequence(request, token_ids.copy(), TokenHistory.of(token_ids))
+        wanted = request.params.structured_output
+        if wanted is not None and request.task is Task.GENERATE:
+            assert self.make_matcher is not None
+            sequence.matcher = self.make_matcher(wanted)
+        return sequence
 
     def use_logits(self, sequence: Sequence, position: int, logits: F32Array) -> None:
         """logits (V,) say what follows the sequence's token at `position`."""
@@ -99,6 +111,7 @@ class Decoding:
                 history=sibling.history,
                 fork_path=sibling.fork_path,
                 banned_ids=self._banned_ids(sibling),
+                allowed_ids=self._allowed_ids(sibling),
             )
             if params.ranked:
                 sibling.score = (sibling.score or 0.0) + token_logprobs(logits, sampled.token_id, 0)[0].logprob
@@ -125,10 +138,33 @@ class Decoding:
             sequence.stop_reason = None if is_eos else token
         elif sequence.text.push(token, may_stop=num_output_tokens >= params.min_tokens):
             sequence.finish_reason, sequence.stop_reason = "stop", sequence.text.stopped_by
+        elif sequence.matcher is not None and self._followed(sequence, sequence.matcher).finished:
+            if num_output_tokens < params.min_tokens:
+                raise InvalidRequestError(
+                    f"the structured output is complete after {num_output_tokens} tokens, and min_tokens is "
+                    f"{params.min_tokens}"
+                )
+            sequence.finish_reason = "stop"
         elif num_output_tokens >= params.max_tokens or sequence.num_tokens >= sequence.request.max_len:
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None:
             sequence.text.finish()
+            sequence.matcher = None
+
+    def _allowed_ids(self, sequence: Sequence) -> NDArray[np.intp] | None:
+        """What a structured output leaves; end tokens among it where the text may end. None without one."""
+        if sequence.matcher is None:
+            return None
+        params = sequence.request.params
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)}
+        return self._followed(sequence, sequence.matcher).allowed_ids(sorted(ends))
+
+    @staticmethod
+    def _followed(sequence: Sequence, matcher: Matcher) -> Matcher:
+        """The matcher, at the sequence's last token."""
+        for token in sequence.token_ids[sequence.num_prompt_tokens + matcher.num_tokens :]:
+            matcher.advance(token)
+        return matcher
 
     def _banned_ids(self, sequence: Sequence) -> list[int]:
         """End tokens that would come before min_tokens."""
@@ -156,7 +192,7 @@ class Decoding:
         logprobs = adjust(
             log_softmax(logits), request.params, sequence.token_ids, sequence.history, self._banned_ids(sequence)
         )
-        sequence.candidates = candidates(logprobs, search.num_candidates)
+        sequence.candidates = self._candidates(sequence, search, logprobs)
         live = request.sequences
         rows = [beam.candidates for beam in live if beam.candidates is not None]
         if len(rows) < len(live):
@@ -178,6 +214,27 @@ class Decoding:
                 self.scheduler.finish(beam)
         request.sequences = beams
 
+    def _candidates(self, beam: Sequence, search: BeamSearch, logprobs: F32Array) -> Candidates:
+        """What may follow a beam; under a structured output, also which of it completes the text."""
+        allowed = self._allowed_ids(beam)
+        if allowed is None:
+            return candidates(logprobs, search.num_candidates)
+        assert beam.matcher is not None
+        left = np.full_like(logprobs, -np.inf)
+        left[allowed] = logprobs[allowed]
+        found = candidates(left, search.num_candidates)
+        completing = set()
+        for token in found.token_ids.tolist():
+            if not search.is_end_token(token):
+                after = beam.matcher.copy()
+                after.advance(token)
+                if after.finished:
+                    completing.add(token)
+        if completing and beam.num_output_tokens + 1 < beam.request.params.min_tokens:
+            kept = ~np.isin(found.token_ids, list(completing))
+            return Candidates(found.token_ids[kept], found.logprobs[kept])
+        return found._replace(completing=frozenset(completing))
+
     def finish_search(self, request: Request, search: BeamSearch, reason: str | None) -> None:
         """Replaces the beams by the n best hypotheses; those still growing end for `reason`."""
         for beam in request.sequences:
@@ -190,7 +247,8 @@ class Decoding:
         for hypothesis in hypotheses:
             tokens = request.prompt_token_ids + hypothesis.token_ids
             sequence = self._sequence(request, tokens, TokenHistory.of(()), len(request.sequences))
-            for token in hypothesis.token_ids[: -1 if hypothesis.finish_reason == "stop" else None]:
+            ended = hypothesis.finish_reason == "stop" and search.is_end_token(hypothesis.token_ids[-1])
+            for token in hypothesis.token_ids[: -1 if ended else None]:
                 sequence.text.push(token)
             sequence.text.finish()
             sequence.score = hypothesis.score
@@ -208,6 +266,8 @@ class Decoding:
         request = parent.request
         request.num_forks += 1
         child = self._sequence(request, parent.token_ids.copy(), parent.history.copy(), request.num_forks)
+        if parent.matcher is not None:
+            child.matcher = parent.matcher.copy()
         self.scheduler.add_fork(parent, child)
         if request.beam_search is None:
             request.sequences.append(child)

@@ -44,6 +44,7 @@ def can_sample_on_device(params: SamplingParams, *, banned_ids: Seq[int] = ()) -
         and params.frequency_penalty == 0
         and not params.logit_bias
         and not params.logits_processors
+        and params.structured_output is None
         and not banned_ids
     )
     return unchanged and params.logprobs is None and not params.ranked and params.temperature <= MAX_TEMPERATURE

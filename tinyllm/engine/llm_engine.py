@@ -12,6 +12,7 @@ from tinyllm.engine.batch import build_batch
 from tinyllm.engine.block_manager import BlockManager
 from tinyllm.engine.decoding import Decoding
 from tinyllm.engine.kv_cache import max_logits_rows
+from tinyllm.engine.matcher import MakeMatcher
 from tinyllm.engine.model_runner import ModelRunner
 from tinyllm.engine.observer import EngineObserver
 from tinyllm.engine.output import request_output, stream_chunk
@@ -24,6 +25,7 @@ from tinyllm.errors import InvalidRequestError
 from tinyllm.models.model import Model
 from tinyllm.outputs import RequestOutput, StreamChunk
 from tinyllm.sampling_params import SamplingParams
+from tinyllm.step_cost import StallLimit
 
 __all__ = ["LLMEngine", "StepResult"]
 
@@ -44,9 +46,11 @@ class LLMEngine:
         eos_token_ids: ids that end a sequence unless ignore_eos.
         make_decoder: makes an incremental decoder for a sequence, given skip_special_tokens; None without a tokenizer.
         token_text: the text of a token id, for log-probabilities.
+        make_matcher: compiles what a text must look like; None without a tokenizer.
 
     Attributes:
         requests: those not finished, by id.
+        num_steps, num_preemptions: how often a batch ran, and a sequence lost its blocks.
         observer: told of everything that happens, if there is one.
     """
 
@@ -59,13 +63,17 @@ class LLMEngine:
         eos_token_ids: Seq[int] = (),
         make_decoder: Callable[[bool], TextDecoder] | None = None,
         token_text: Callable[[int], str] | None = None,
+        make_matcher: MakeMatcher | None = None,
     ) -> None:
         eos = frozenset(eos_token_ids)
         self.config = config
         self.model_config = model.config
         self.block_manager = BlockManager(spec.num_blocks, spec.block_size, prefix_caching=config.prefix_caching)
         self.scheduler = Scheduler(
-            self.block_manager, max_batch_tokens=config.max_batch_tokens, max_num_seqs=config.max_num_seqs
+            self.block_manager,
+            max_batch_tokens=config.max_batch_tokens,
+            max_num_seqs=config.max_num_seqs,
+            stall_limit=None if config.max_stall is None else StallLimit(config.max_stall, model.backend.step_cost),
         )
         self.runner = ModelRunner(
             model, spec, max_batch_tokens=config.max_batch_tokens, max_logits_rows=max_logits_rows(config)
@@ -73,14 +81,16 @@ class LLMEngine:
         self.requests: dict[str, Request] = {}
         self.observer: EngineObserver | None = None
         self.num_steps = 0
+        self.num_preemptions = 0
         self._admission = Admission(
             model.config,
             config,
             num_blocks=spec.num_blocks,
             eos_token_ids=eos,
             has_tokenizer=make_decoder is not None,
+            make_matcher=make_matcher,
         )
-        self._decoding = Decoding(self.scheduler, eos, make_decoder)
+        self._decoding = Decoding(self.scheduler, eos, make_decoder, make_matcher)
         self._parking = Parking(self.scheduler, self.runner, self._admission)
         self._token_text = token_text
         self._kept: dict[str, Sequence] = {}
@@ -196,6 +206,7 @@ class LLMEngine:
         stepped = list(dict.fromkeys(item.sequence.request for item in output.scheduled))
         result = self._finish_step(stepped)
         self.num_steps += 1
+        self.num_preemptions += len(output.preempted)
         if self.observer is not None:
             gone = [request for request in stepped if request.request_id not in self.requests]
             self.observer.step_finished(output, gone)

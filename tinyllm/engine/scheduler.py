@@ -2,7 +2,8 @@
 
 Running sequences come first, those with a single token due (decoding) before those with more (prefilling, or
 catching up after a preemption), each group by priority and arrival; what is left of the budget goes to the waiting
-ones. When blocks run out, those at rest lose theirs first, then the lowest priority and the latest arrival.
+ones. With a StallLimit, a step that decodes takes only so many prefilling tokens as do not hold up the decoding ones.
+When blocks run out, those at rest lose theirs first, then the lowest priority and the latest arrival.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 
 from tinyllm.engine.block_manager import BlockManager
 from tinyllm.engine.sequence import Request, Sequence, SequenceStatus
+from tinyllm.step_cost import StallLimit
 
 __all__ = ["ScheduledSequence", "Scheduler", "SchedulerOutput", "max_windowed_chunk"]
 
@@ -47,9 +49,16 @@ class SchedulerOutput:
 
 @dataclass
 class _Step:
-    """A SchedulerOutput in the making."""
+    """A SchedulerOutput in the making.
+
+    Attributes:
+        decoding_cost: of the tokens that decode, by the scheduler's StallLimit.
+        allowance: what prefilling may still cost; None until some asks for it.
+    """
 
     budget: int
+    decoding_cost: float = 0.0
+    allowance: float | None = None
     chosen: dict[Sequence, tuple[int, list[tuple[int, int]]]] = field(default_factory=dict)
     preempted: list[Sequence] = field(default_factory=list)
     admitted: list[tuple[Sequence, int]] = field(default_factory=list)
@@ -71,8 +80,16 @@ class Scheduler:
         parked: finished sequences whose blocks are kept as long as nobody needs them, least recently parked first.
     """
 
-    def __init__(self, block_manager: BlockManager, *, max_batch_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        stall_limit: StallLimit | None = None,
+    ) -> None:
         self.block_manager = block_manager
+        self.stall_limit = stall_limit
         self.max_batch_tokens = max_batch_tokens
         self.max_num_seqs = max_num_seqs
         self.waiting: list[Sequence] = []
@@ -167,6 +184,8 @@ class Scheduler:
             if sequence.status is not SequenceStatus.RUNNING:  # preempted for one before it
                 continue
             num_tokens = min(sequence.num_due_tokens, step.budget, self._max_chunk(sequence))
+            if num_tokens > 1:
+                num_tokens = self._within_stall(step, num_tokens, sequence.num_computed_tokens)
             if num_tokens == 0:  # no budget, or a beam that waits for others
                 continue
             while (copies := self.block_manager.append_slots(sequence, num_tokens)) is None:
@@ -178,8 +197,31 @@ class Scheduler:
                 if victim is sequence:
                     break
             if copies is not None:
-                step.choose(sequence, num_tokens, copies)
+                self._choose(step, sequence, num_tokens, copies)
         return ran_out
+
+    def _choose(self, step: _Step, sequence: Sequence, num_tokens: int, copies: list[tuple[int, int]]) -> None:
+        if self.stall_limit is not None:
+            cost = self.stall_limit.cost.of_tokens(num_tokens, sequence.num_computed_tokens)
+            if step.allowance is not None:
+                step.allowance -= cost
+            elif sequence.num_due_tokens == 1:
+                step.decoding_cost += cost
+        step.choose(sequence, num_tokens, copies)
+
+    def _within_stall(self, step: _Step, num_tokens: int, context: int) -> int:
+        """How many of a sequence's tokens, prefilled behind `context` others, do not hold up the decoding ones.
+
+        The first that asks gets one token at least: a prompt always moves on.
+        """
+        limit = self.stall_limit
+        if limit is None or step.decoding_cost == 0:
+            return num_tokens
+        least = 0
+        if step.allowance is None:  # all that decode have been chosen
+            step.allowance = limit.allowance(step.decoding_cost)
+            least = 1
+        return min(num_tokens, max(least, limit.cost.most_tokens(step.allowance, context)))
 
     def _admit_waiting(self, step: _Step) -> None:
         """Starts waiting sequences, in order, while budget, places and blocks last."""
@@ -200,6 +242,9 @@ class Scheduler:
         while True:
             prefix, num_prefix_tokens = self._find_prefix(sequence)
             num_tokens = min(sequence.num_tokens - num_prefix_tokens, step.budget, self._max_chunk(sequence))
+            num_tokens = self._within_stall(step, num_tokens, num_prefix_tokens)
+            if num_tokens == 0:
+                return False
             copies = self.block_manager.start(sequence, prefix, num_prefix_tokens, num_tokens)
             if copies is not None:
                 break
@@ -215,7 +260,7 @@ class Scheduler:
         if sequence.request.num_cached_tokens is None:
             sequence.request.num_cached_tokens = num_prefix_tokens
         step.admitted.append((sequence, num_prefix_tokens))
-        step.choose(sequence, num_tokens, copies)
+        self._choose(step, sequence, num_tokens, copies)
         self._cache_blocks(step, sequence, num_tokens)
         return True
 

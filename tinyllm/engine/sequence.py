@@ -14,6 +14,7 @@ from tinyllm.sampling import SamplingParams, TokenHistory, TokenLogprob
 
 if TYPE_CHECKING:
     from tinyllm.engine.beam_search import BeamSearch, Candidates
+    from tinyllm.engine.matcher import Matcher
 
 __all__ = ["Request", "Sequence", "SequenceStatus", "Task"]
 
@@ -104,6 +105,7 @@ class Sequence:
         num_hashed_blocks: of its blocks in the cache, how many were offered to others.
         num_released_blocks: up to here, blocks between the sinks and the window are given back.
         candidates: in a beam search, what may follow, until all beams have theirs: then tokens are chosen.
+        matcher: what keeps its text to a structured output, while it grows.
         score: in a beam search, the sum of log-probabilities; at its end, divided by the length's penalty.
     """
 
@@ -123,6 +125,7 @@ class Sequence:
     num_hashed_blocks: int = 0
     num_released_blocks: int = 0
     candidates: Candidates | None = None
+    matcher: Matcher | None = None
     score: float | None = None
 
     @property

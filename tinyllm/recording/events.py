@@ -19,7 +19,8 @@ Request, when one enters the queue:
     at           seconds since the header
     prompt       token ids
     task         "generate", "score", ... (engine.sequence.Task)
-    params       the fields of SamplingParams that differ from their defaults; logit_bias as a list of pairs
+    params       the fields of SamplingParams that differ from their defaults; logit_bias as a list of pairs,
+                 structured_output as {"kind": ..., "text": ...}
     processors   how many logits processors it has: code, which no file holds, so that it cannot be replayed
     session      true if it resumes a session or is one: what it begins from is not in the file either
 

@@ -33,6 +33,7 @@ from tinyllm.recording.events import (
     Tokens,
 )
 from tinyllm.sampling_params import SamplingParams
+from tinyllm.structured_output import StructuredOutput
 
 __all__ = ["Watcher"]
 
@@ -242,6 +243,11 @@ def _params(params: SamplingParams) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field in fields(params):
         value = getattr(params, field.name)
-        if field.name != "logits_processors" and value != field.default:
-            found[field.name] = [list(pair) for pair in value.items()] if isinstance(value, Mapping) else value
+        if field.name == "logits_processors" or value == field.default:
+            continue
+        if isinstance(value, Mapping):
+            value = [list(pair) for pair in value.items()]
+        elif isinstance(value, StructuredOutput):
+            value = value.to_json()
+        found[field.name] = value
     return found

@@ -1,0 +1,1 @@
+"""The HTTP API: OpenAI's endpoints, and a few beside them."""
