@@ -13,6 +13,7 @@ import uvicorn
 
 from tinyllm.errors import ConfigError, reason
 from tinyllm.server.app import make_app
+from tinyllm.server.connections import BoundedHead, raise_open_files_limit
 from tinyllm.server.service import Service
 
 __all__ = ["bind", "serve"]
@@ -44,6 +45,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve(service: Service, sock: socket.socket, *, access_log: bool = False) -> None:
     """Serves until SIGTERM or SIGINT; then running requests finish, new ones are refused; a second signal ends it."""
+    raise_open_files_limit()
     gc.collect()
     gc.freeze()  # model and kernels stay: collections need not look through them
     switch = sys.getswitchinterval()
@@ -51,6 +53,7 @@ def serve(service: Service, sock: socket.socket, *, access_log: bool = False) ->
     try:
         config = uvicorn.Config(
             make_app(service),
+            http=BoundedHead,
             log_level="info" if access_log else "warning",
             access_log=access_log,
             timeout_graceful_shutdown=_GRACE_SECONDS,
