@@ -53,6 +53,7 @@ from tinyllm.backends.cpu_kernels.vmath import exp_scalar
 __all__ = ["NO_WINDOW", "AttentionKernels", "attention_kernels", "partial_nbytes", "query_tile", "scratch_nbytes"]
 
 NO_WINDOW = 1 << 40  # of a layer without a window: more than any sequence's
+_KEYS_AHEAD = 32  # so many keys before they are needed, memory is asked for them: blocks lie anywhere
 _QUERY_ROWS = 64  # rows (tokens x heads of one KV head) of a task, about
 
 
@@ -165,7 +166,7 @@ class AttentionKernels:
 def attention_kernels(dtype: str) -> AttentionKernels:
     item = ITEM_NBYTES[dtype]
     tiles = attention_tiles(dtype)
-    scores_of, accumulate, stage = tiles.scores, tiles.values, tiles.stage
+    scores_of, accumulate, fetch, stage = tiles.scores, tiles.values, tiles.fetch, tiles.stage
     staged = staged_tiles()
     staged_scores_of, staged_accumulate = staged.scores, staged.values
 
@@ -218,6 +219,9 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                     if is_staged:
                         key = staged_scores_of(n, key, end, q_rows, tile_keys, head_dim, place)
                     else:
+                        if r0 == 0:
+                            for ahead in range(key + _KEYS_AHEAD, min(key + _KEYS_AHEAD + 32, stop), 16):
+                                fetch(ahead, k, v, k_block_stride, v_block_stride, table, block_size, head_dim)
                         key = scores_of(n, key, end, q_rows, k, k_block_stride, table, block_size, head_dim, place)
                 for r in range(r0, r0 + n):
                     row_first, row_end = _seen(position + r // heads, tile, end_of_tile, window, sinks)

@@ -30,6 +30,7 @@ from tinyllm.backends.cpu_kernels.simd import (
     emit_load,
     emit_load_values,
     emit_loop,
+    emit_prefetch,
     emit_splat,
     instruction,
     load_i32,
@@ -44,6 +45,7 @@ _TILE_ROWS = (1, 2, 3, 4, ROW_TILE)
 _PAIRS = _WIDE  # whether scores of two tiles of keys are summed side by side
 ITEM_NBYTES = {"f32": 4, "f16": 2, "bf16": 2}
 _UNROLL = 4
+CACHE_LINE = 64  # bytes
 
 i64 = types.int64
 
@@ -187,6 +189,17 @@ def _copy_tile(vectors: int, dtype: str) -> Callable[..., None]:
     return copy_tile
 
 
+@instruction(types.void, i64, i64)
+def prefetch_lines(b: Builder, address: Value, nbytes: Value) -> None:
+    """Asks for nbytes from an address on."""
+
+    def one(at: Value, _state: list[Value]) -> list[Value]:
+        emit_prefetch(b, b.add(address, at))
+        return []
+
+    emit_loop(b, const(0), nbytes, CACHE_LINE, [], one)
+
+
 def _by_rows(tiles: list[Callable[..., None]]) -> Callable[..., None]:
     """(rows, *arguments): the first of _TILE_ROWS' tiles that has as many; results have room for its rows."""
     one, two, three, four, most = tiles
@@ -215,6 +228,8 @@ class AttentionTiles:
         sixteen keys from `key` on, a multiple of 16, or of thirty-two where that is even in the row of scores and the
         second sixteen begin before `end`.
     values(rows, probs, first, end, v, v_block_stride, table, block_size, acc, padded): see _value_tile.
+    fetch(key, k, v, k_block_stride, v_block_stride, table, block_size, head_dim): asks for sixteen keys and their values
+        to be brought nearer.
     stage(first, end, k, v, k_block_stride, v_block_stride, table, block_size, head_dim, keys, values): copies keys
         first <= j < end of a tile, and the others of their sixteens, to keys (4, D, 16), and the values to (64, D'),
         both in float32 and each at its place in the tile.
@@ -222,6 +237,7 @@ class AttentionTiles:
 
     scores: Callable[..., int]
     values: Callable[..., None]
+    fetch: Callable[..., None]
     stage: Callable[..., None]
 
 
@@ -288,6 +304,15 @@ def attention_tiles(dtype: str) -> AttentionTiles:
             d += 16
 
     @called
+    def fetch(
+        key: int, k: int, v: int, k_block_stride: int, v_block_stride: int, table: int, block_size: int, head_dim: int
+    ) -> None:  # fmt: skip
+        row_nbytes = (head_dim + 15) // 16 * 16 * item
+        prefetch_lines(keys_at(key, k, k_block_stride, table, block_size, head_dim), 16 * head_dim * item)
+        block = v + load_i32(table + 4 * (key // block_size)) * v_block_stride
+        prefetch_lines(block + key % block_size * row_nbytes, 16 * row_nbytes)
+
+    @called
     def stage(
         first: int, end: int, k: int, v: int, k_block_stride: int, v_block_stride: int, table: int, block_size: int,
         head_dim: int, keys: int, staged_values: int,
@@ -302,7 +327,7 @@ def attention_tiles(dtype: str) -> AttentionTiles:
             row = block + (offset + low - key) * padded * item
             copy_one(row, staged_values + low % TILE_KEYS * padded * 4, (high - low) * (padded // 16))
 
-    return AttentionTiles(scores, values, stage)
+    return AttentionTiles(scores, values, fetch, stage)
 
 
 @cache
