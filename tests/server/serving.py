@@ -40,7 +40,10 @@ def serving(config: ServerConfig | None = None, **options: Any) -> Iterator[Serv
     llm = make_llm(**options)
     service = Service(llm, config or ServerConfig(model_name="tales-4m"))
     sock = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(make_app(service), http=BoundedHead, log_level="warning", timeout_graceful_shutdown=5))
+    config_of_uvicorn = uvicorn.Config(
+        make_app(service), http=BoundedHead, log_level="warning", timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(config_of_uvicorn)
     thread = threading.Thread(target=lambda: server.run(sockets=[sock]))
     thread.start()
     while not server.started and thread.is_alive():

@@ -228,8 +228,8 @@ class AttentionTiles:
         sixteen keys from `key` on, a multiple of 16, or of thirty-two where that is even in the row of scores and the
         second sixteen begin before `end`.
     values(rows, probs, first, end, v, v_block_stride, table, block_size, acc, padded): see _value_tile.
-    fetch(key, k, v, k_block_stride, v_block_stride, table, block_size, head_dim): asks for sixteen keys and their values
-        to be brought nearer.
+    fetch(key, k, v, k_block_stride, v_block_stride, table, block_size, head_dim): asks memory for sixteen keys and
+        their values.
     stage(first, end, k, v, k_block_stride, v_block_stride, table, block_size, head_dim, keys, values): copies keys
         first <= j < end of a tile, and the others of their sixteens, to keys (4, D, 16), and the values to (64, D'),
         both in float32 and each at its place in the tile.
