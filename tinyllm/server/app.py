@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
-import swagger_ui_bundle
+import fastapi_offline
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -85,7 +86,7 @@ def _version() -> str:
 
 def _add_docs(app: FastAPI) -> None:
     """The OpenAPI document as a page, from files of ours: nothing is loaded from elsewhere."""
-    app.mount("/docs/files", StaticFiles(directory=swagger_ui_bundle.swagger_ui_path))
+    app.mount("/docs/files", StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static"))
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:

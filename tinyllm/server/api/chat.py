@@ -27,7 +27,7 @@ __all__ = ["chat_router", "plain_messages"]
 
 
 def chat_router(service: Service, caller: Callable[..., Awaitable[Caller]]) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(tags=["OpenAI"])
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request, who: Caller = Depends(caller)) -> Response:

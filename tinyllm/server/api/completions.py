@@ -31,7 +31,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 def completions_router(service: Service, caller: Callable[..., Awaitable[Caller]]) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(tags=["OpenAI"])
 
     @router.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request, who: Caller = Depends(caller)) -> Response:

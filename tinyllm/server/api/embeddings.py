@@ -24,7 +24,7 @@ __all__ = ["embeddings_router"]
 
 
 def embeddings_router(service: Service, caller: Callable[..., Awaitable[Caller]]) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(tags=["OpenAI"])
 
     @router.post("/v1/embeddings", response_model=EmbeddingList)
     async def embeddings(body: EmbeddingRequest, request: Request, who: Caller = Depends(caller)) -> Response:

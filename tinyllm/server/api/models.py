@@ -17,7 +17,7 @@ __all__ = ["models_router"]
 
 
 def models_router(service: Service, caller: Callable[..., Awaitable[Caller]]) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(tags=["server"])
 
     def model() -> dict[str, Any]:
         return {
@@ -28,7 +28,7 @@ def models_router(service: Service, caller: Callable[..., Awaitable[Caller]]) ->
             "max_model_len": service.llm.memory.max_sequence_len,
         }
 
-    @router.get("/v1/models", response_model=ModelList, dependencies=[Depends(caller)])
+    @router.get("/v1/models", response_model=ModelList, tags=["OpenAI"], dependencies=[Depends(caller)])
     async def models() -> Response:
         """The one model that is served."""
         return JsonResponse({"object": "list", "data": [model()]})

@@ -19,7 +19,7 @@ __all__ = ["text_router"]
 
 
 def text_router(service: Service, caller: Callable[..., Awaitable[Caller]]) -> APIRouter:
-    router = APIRouter(dependencies=[Depends(caller)])
+    router = APIRouter(tags=["text"], dependencies=[Depends(caller)])
 
     @router.post("/tokenize", response_model=Tokenized)
     async def tokenize(body: TokenizeRequest) -> Response:
