@@ -132,6 +132,26 @@ def test_keys_come_from_the_environment_too() -> None:
         assert found == [200, 200, 200, 401, 401]
 
 
+def test_a_server_of_this_machine_alone_answers_to_no_other_name() -> None:
+    with process("--allow-host", "Example.org") as (_, port):
+        found = {}
+        for host in (
+            "localhost",
+            f"127.0.0.1:{port}",
+            "[::1]:80",
+            "example.org",
+            "example.org:99",
+            "evil.org",
+            "",
+            "::1",
+        ):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("GET", "/health", headers={"Host": host})
+            found[host] = connection.getresponse().status
+        assert [host for host, status in found.items() if status != 200] == ["evil.org", "", "::1"]
+        assert found["evil.org"] == 421
+
+
 def run_to_its_end(*arguments: str, **more: str) -> tuple[int, str]:
     done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(**more), timeout=120)
     assert done.stdout == ""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 DEFAULT_MAX_STALL = 10.0
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 _EPILOG = """\
 examples:
@@ -46,6 +47,7 @@ _LIMITS = {  # option -> field of ServerConfig
     "--drain-seconds": "drain_seconds",
     "--served-model-name": "model_name",
     "--api-key": "api_keys",
+    "--allow-host": "allowed_hosts",
 }
 
 
@@ -62,6 +64,13 @@ def add_parser(commands: Any) -> None:
     add("--host", default="127.0.0.1", metavar="NAME", help="address to listen at (default: 127.0.0.1, this machine)")
     add("--port", type=int, default=8000, metavar="N", help="port to listen at (default: 8000; 0: any)")
     add("--api-key", action="append", metavar="KEY", help="serve only who sends this key; may be given several times")
+    add(
+        "--allow-host",
+        action="append",
+        metavar="NAME",
+        help="what clients may call this host besides localhost, where it listens at this machine alone; may be given "
+        "several times",
+    )
     add("--served-model-name", metavar="NAME", help="what clients call the model (default: its own name)")
     add("--access-log", action="store_true", help="a line on stderr for each request")
     limits = parser.add_argument_group("limits")
@@ -119,6 +128,9 @@ def _config(args: argparse.Namespace) -> ServerConfig:
     fields = {field: value for field, value in given.items() if value is not None}
     name = fields.pop("model_name", None) or _own_name(args.model or args.default_model)
     from_environment = [key.strip() for key in os.environ.get("TINYLLM_API_KEYS", "").split(",") if key.strip()]
+    allowed = fields.get("allowed_hosts", [])
+    if allowed or _is_loopback(args.host):
+        fields["allowed_hosts"] = [*_LOCAL_NAMES, args.host, *allowed]
     fields["api_keys"] = [*fields.get("api_keys", ()), *from_environment]
     try:
         return ServerConfig(model_name=name, **fields)
@@ -135,4 +147,4 @@ def _own_name(model: str) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    return host == "::1" or host.startswith("127.")
+    return host in ("localhost", "::1") or host.startswith("127.")

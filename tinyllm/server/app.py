@@ -25,7 +25,7 @@ from tinyllm.server.api.text import text_router
 from tinyllm.server.auth import caller_of
 from tinyllm.server.errors import ApiError, invalid
 from tinyllm.server.http import JsonResponse
-from tinyllm.server.middleware import BoundedBody, SafeHeaders
+from tinyllm.server.middleware import BoundedBody, KnownHost, SafeHeaders
 from tinyllm.server.service import Service
 
 __all__ = ["make_app"]
@@ -74,6 +74,8 @@ def make_app(service: Service) -> FastAPI:
     _add_docs(app)
     _add_error_handlers(app)
     app.add_middleware(BoundedBody, max_nbytes=service.config.max_body_nbytes, seconds=service.config.body_seconds)
+    if service.config.allowed_hosts is not None:
+        app.add_middleware(KnownHost, names=service.config.allowed_hosts)
     app.add_middleware(SafeHeaders)
     return app
 
@@ -129,7 +131,7 @@ def _first_mistake(error: RequestValidationError) -> ApiError:
         return invalid(f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}")
     where = [str(part) for part in first["loc"] if part != "body"]
     if not where:
-        return invalid(f"the body must be a JSON object: {first['msg']}")
+        return invalid("the body must be a JSON object, sent with Content-Type: application/json")
     if first["type"] == "extra_forbidden":
         return invalid(f"unknown field {'.'.join(where)[:120]!r}", where[0][:120])
     if first["type"] == "missing":

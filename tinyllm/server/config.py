@@ -20,6 +20,8 @@ class ServerConfig:
     Attributes:
         model_name: what clients call the model.
         api_keys: one of these is demanded in `Authorization: Bearer`; none means that everyone is served.
+        allowed_hosts: what clients may call this host; None means anything. A page that lets its own name lead to this
+            machine (DNS rebinding) could read answers otherwise.
         max_waiting: requests that may wait for a place; one more is answered with 429 and Retry-After.
         max_body_nbytes: the largest request body.
         body_seconds: how long a client may take to send its body.
@@ -33,6 +35,7 @@ class ServerConfig:
 
     model_name: str
     api_keys: Sequence[str] = ()
+    allowed_hosts: Sequence[str] | None = None
     max_waiting: int = 256
     max_body_nbytes: int = 4 << 20
     body_seconds: float = 30.0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyllm.server.errors import ApiError, invalid
 from tinyllm.server.http import JsonResponse
 
-__all__ = ["BoundedBody", "SafeHeaders"]
+__all__ = ["BoundedBody", "KnownHost", "SafeHeaders"]
 
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -75,6 +76,29 @@ class BoundedBody:
         error.status = 413
         error.headers = {"Connection": "close"}  # the rest of it is not read
         return error
+
+
+class KnownHost:
+    """Refuses requests for a host of another name."""
+
+    def __init__(self, app: ASGIApp, *, names: Sequence[str]) -> None:
+        self._app = app
+        self._names = frozenset(name.lower() for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+            if len(given) != 1 or _without_port(given[0]) not in self._names:
+                error = ApiError(421, "this server is not called that; --allow-host adds a name", code="unknown_host")
+                await JsonResponse.of_error(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _without_port(host: str) -> str:
+    """ "Example.org:80" -> "example.org"; "[::1]:80" -> "[::1]" """
+    name, colon, port = host.rpartition(":")
+    return (name if colon and port.isdigit() and not name.endswith(":") else host).lower()
 
 
 class SafeHeaders:
