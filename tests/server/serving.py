@@ -8,13 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
-
 from tinyllm import LLM
-from tinyllm.server.app import make_app
 from tinyllm.server.config import ServerConfig
-from tinyllm.server.connections import BoundedHead
-from tinyllm.server.run import bind
+from tinyllm.server.run import bind, make_server
 from tinyllm.server.service import Service
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -40,10 +36,7 @@ def serving(config: ServerConfig | None = None, **options: Any) -> Iterator[Serv
     llm = make_llm(**options)
     service = Service(llm, config or ServerConfig(model_name="tales-4m"))
     sock = bind("127.0.0.1", 0)
-    config_of_uvicorn = uvicorn.Config(
-        make_app(service), http=BoundedHead, log_level="warning", timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config_of_uvicorn)
+    server = make_server(service)
     thread = threading.Thread(target=lambda: server.run(sockets=[sock]))
     thread.start()
     while not server.started and thread.is_alive():

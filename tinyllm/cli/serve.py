@@ -81,7 +81,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="requests that may wait; more are told to come again (default: 256)",
     )
-    add("--max-body-nbytes", type=int, metavar="N", help="the largest request body (default: 4194304)")
+    add("--max-body-nbytes", type=int, metavar="N", help="the largest request body (default: 2097152)")
     add("--max-prompt-tokens", type=int, metavar="N", help="the longest prompt (default: what the context holds)")
     add("--max-prompts", type=int, metavar="N", help="prompts in one request (default: 64)")
     add("--max-n", type=int, metavar="N", help="continuations of one prompt, beams too (default: 16)")

@@ -37,7 +37,7 @@ class ServerConfig:
     api_keys: Sequence[str] = ()
     allowed_hosts: Sequence[str] | None = None
     max_waiting: int = 256
-    max_body_nbytes: int = 4 << 20
+    max_body_nbytes: int = 2 << 20
     body_seconds: float = 30.0
     max_prompt_tokens: int | None = None
     max_prompts: int = 64

@@ -14,6 +14,7 @@ from threading import Condition, Thread
 from typing import Protocol, TypeVar
 
 from tinyllm.engine.llm_engine import LLMEngine
+from tinyllm.engine.sequence import Task
 from tinyllm.errors import InvalidRequestError
 from tinyllm.llm import LLM
 from tinyllm.outputs import RequestOutput, StreamChunk
@@ -122,6 +123,8 @@ class EngineThread:
             raise invalid(f"{len(jobs)} prompts in one request; the queue holds {self._max_waiting}")
         submission = Submission(jobs, self._abort)
         with self._wake:
+            if self._stopping:  # from here on nobody looks at the queue
+                raise unavailable("the server has stopped")
             if self._num_waiting + len(jobs) > self._max_waiting:
                 if self._observer is not None:
                     self._observer.request_refused()
@@ -191,6 +194,7 @@ class EngineThread:
     # ---- the thread
 
     def _run(self) -> None:
+        actions: deque[Callable[[], None]] = deque()
         try:
             while True:
                 with self._wake:
@@ -198,8 +202,8 @@ class EngineThread:
                         self._wake.wait()
                     actions, self._actions = self._actions, deque()
                     stopping = self._stopping
-                for action in actions:
-                    action()
+                while actions:
+                    actions.popleft()()
                 if stopping:
                     break
                 if self._may_step():
@@ -208,7 +212,7 @@ class EngineThread:
             _log.exception("the engine has failed")
             self.failure = error
         finally:
-            self._give_up()
+            self._give_up(actions)
 
     def _may_step(self) -> bool:
         return self._engine.has_unfinished_requests() and (not self._paused or self._steps_due > 0)
@@ -219,7 +223,7 @@ class EngineThread:
             result = self._engine.step()
         except Exception:  # whatever it was, the next step might fail of it again
             _log.exception("a step of the engine failed; its requests are ended")
-            self._end_all(ApiError(500, "the engine failed while it computed this", type="server_error"))
+            self._end_all(_failed())
             return
         now = time.monotonic()
         self._note_started(now)
@@ -247,6 +251,11 @@ class EngineThread:
             except InvalidRequestError as error:
                 self._num_waiting_down()
                 parcels.append(Delivery(index, invalid(str(error))))
+            except Exception:
+                _log.exception("a request could not be started")
+                self._engine.abort(request_id)  # it may be in the engine already
+                self._num_waiting_down()
+                parcels.append(Delivery(index, _failed()))
             else:
                 self._tracked[request_id] = _Tracked(submission, index)
         if parcels:
@@ -270,7 +279,9 @@ class EngineThread:
             output = self._engine.abort(request_id)
             assert output is not None
             self._note_ended(tracked, output, now)
-            parcels.setdefault(tracked.submission, []).append(Delivery(tracked.index, output))
+            whole = tracked.submission.jobs[tracked.index].task is not Task.GENERATE  # a part of it would be wrong
+            item = unavailable("the server stopped before this was computed") if whole else output
+            parcels.setdefault(tracked.submission, []).append(Delivery(tracked.index, item))
         _send(parcels)
 
     def _end_all(self, error: ApiError) -> None:
@@ -284,13 +295,14 @@ class EngineThread:
         self._tracked = {}
         _send(parcels)
 
-    def _give_up(self) -> None:
-        """The thread ends: nobody waits for it in vain."""
+    def _give_up(self, actions: deque[Callable[[], None]]) -> None:
+        """The thread ends, with some actions left to do: nobody waits for it in vain."""
         with self._wake:
             self._stopping = True
-            actions, self._actions = self._actions, deque()
-        with suppress(Exception):  # an engine that has failed may fail again
-            for action in actions:
+            actions += self._actions
+            self._actions = deque()
+        for action in actions:
+            with suppress(Exception):  # an engine that has failed may fail again
                 action()
         parcels: dict[Submission, list[Delivery]] = {}
         for tracked in self._tracked.values():
@@ -345,6 +357,10 @@ class EngineThread:
             code="queue_full",
             headers={"Retry-After": str(min(60, max(1, round(seconds))))},
         )
+
+
+def _failed() -> ApiError:
+    return ApiError(500, "the engine failed while it computed this", type="server_error")
 
 
 def _last(output: RequestOutput) -> RequestOutput | ApiError:

@@ -18,8 +18,6 @@ from tinyllm.server.submission import Submission
 
 __all__ = ["EventStream", "JsonResponse", "StreamWriter", "event", "outputs_or_gone"]
 
-STALL_SECONDS = 120.0  # a reader that takes nothing for so long is given up
-
 
 class JsonResponse(Response):
     """A JSON body in ASCII, so that no text can fail to be encoded."""
@@ -89,14 +87,8 @@ class EventStream(Response):
 
 
 async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
-    """Raises CancelledError where the client reads nothing for too long."""
-    task = asyncio.current_task()
-    assert task is not None
-    stalled = asyncio.get_running_loop().call_later(STALL_SECONDS, task.cancel)
-    try:
-        await send({"type": "http.response.body", "body": body, "more_body": more})
-    finally:
-        stalled.cancel()
+    """Waits while the client has much left to read; see server.connections for one that reads nothing."""
+    await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 async def outputs_or_gone(request: Request, submission: Submission) -> list[RequestOutput]:

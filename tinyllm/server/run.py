@@ -13,10 +13,10 @@ import uvicorn
 
 from tinyllm.errors import ConfigError, reason
 from tinyllm.server.app import make_app
-from tinyllm.server.connections import BoundedHead, raise_open_files_limit
+from tinyllm.server.connections import connection_class, raise_open_files_limit
 from tinyllm.server.service import Service
 
-__all__ = ["bind", "serve"]
+__all__ = ["bind", "make_server", "serve"]
 
 _BACKLOG = 2048
 _SWITCH_SECONDS = 0.0005  # how long the event loop may keep the engine's thread from its next step, and the reverse
@@ -51,20 +51,26 @@ def serve(service: Service, sock: socket.socket, *, access_log: bool = False) ->
     switch = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
-        config = uvicorn.Config(
-            make_app(service),
-            http=BoundedHead,
-            log_level="info" if access_log else "warning",
-            access_log=access_log,
-            timeout_graceful_shutdown=_GRACE_SECONDS,
-            limit_concurrency=_MAX_CONNECTIONS,
-            server_header=False,
-            date_header=True,
-        )
-        _Server(config, service).run(sockets=[sock])
+        make_server(service, access_log=access_log).run(sockets=[sock])
     finally:
         sys.setswitchinterval(switch)
         sock.close()
+
+
+def make_server(service: Service, *, access_log: bool = False) -> uvicorn.Server:
+    """What `serve` runs."""
+    config = uvicorn.Config(
+        make_app(service),
+        http=connection_class(max_body_nbytes=service.config.max_body_nbytes),
+        ws="none",
+        log_level="info" if access_log else "warning",
+        access_log=access_log,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        limit_concurrency=_MAX_CONNECTIONS,
+        server_header=False,
+        date_header=True,
+    )
+    return _Server(config, service)
 
 
 class _Server(uvicorn.Server):

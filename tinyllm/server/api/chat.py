@@ -15,7 +15,7 @@ from tinyllm.outputs import Logprob, RequestOutput, StreamChunk
 from tinyllm.sampling_params import SamplingParams
 from tinyllm.server.api.logprobs import chat_logprobs
 from tinyllm.server.api.requests import ChatRequest, Message
-from tinyllm.server.api.responses import ChatCompletion
+from tinyllm.server.api.responses import STREAMED, ChatCompletion
 from tinyllm.server.api.sampling import check_logprobs, sampling_params
 from tinyllm.server.api.usage import usage_of
 from tinyllm.server.auth import Caller
@@ -29,7 +29,7 @@ __all__ = ["chat_router", "plain_messages"]
 def chat_router(service: Service, caller: Callable[..., Awaitable[Caller]]) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request, who: Caller = Depends(caller)) -> Response:
         """Answers a conversation, as one JSON object or as a stream of events."""
         service.check_model(body.model)

@@ -16,7 +16,7 @@ from tinyllm.outputs import CompletionOutput, RequestOutput, StreamChunk
 from tinyllm.sampling_params import SamplingParams
 from tinyllm.server.api.logprobs import completion_logprobs
 from tinyllm.server.api.requests import CompletionRequest
-from tinyllm.server.api.responses import Completion
+from tinyllm.server.api.responses import STREAMED, Completion
 from tinyllm.server.api.sampling import check_logprobs, sampling_params
 from tinyllm.server.api.usage import usage_of
 from tinyllm.server.auth import Caller
@@ -33,7 +33,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 def completions_router(service: Service, caller: Callable[..., Awaitable[Caller]]) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/completions", response_model=Completion)
+    @router.post("/v1/completions", response_model=Completion, responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request, who: Caller = Depends(caller)) -> Response:
         """Continues prompts, which are texts or token ids, as one JSON object or as a stream of events."""
         service.check_model(body.model)

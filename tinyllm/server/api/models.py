@@ -16,6 +16,11 @@ from tinyllm.server.service import Service
 __all__ = ["models_router"]
 
 
+_METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
+
+
 def models_router(service: Service, caller: Callable[..., Awaitable[Caller]]) -> APIRouter:
     router = APIRouter(tags=["server"])
 
@@ -48,7 +53,7 @@ def models_router(service: Service, caller: Callable[..., Awaitable[Caller]]) ->
             return JsonResponse({"status": "draining"}, status_code=503)
         return JsonResponse({"status": "ok"})
 
-    @router.get("/metrics", dependencies=[Depends(caller)])
+    @router.get("/metrics", response_class=Response, responses=_METRICS, dependencies=[Depends(caller)])
     async def metrics() -> Response:
         """Counters and histograms for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")

@@ -1,14 +1,15 @@
 """The bodies of requests, as OpenAI's API reference defines them, with tinyllm's own fields besides.
 
 Types are checked here, values where they are used (SamplingParams and the limits of ServerConfig). Unknown fields are
-refused by name: a misspelt one would otherwise be ignored in silence.
+refused by name: a misspelt one would otherwise be ignored in silence. A body is refused at its first few mistakes: each
+of them becomes an object, and a large body can hold a million.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 __all__ = [
     "ChatRequest",
@@ -22,12 +23,32 @@ __all__ = [
     "TokenizeRequest",
 ]
 
-TokenIds = list[int]
-PromptField = str | TokenIds | list[str] | list[TokenIds]
+MAX_FIELDS = 1024
+
+T = TypeVar("T")
+
+
+def _not_too_many(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise ValueError(f"an object of {len(value)} fields; at most {MAX_FIELDS} are allowed")
+    return value
+
+
+List = Annotated[list[T], Field(fail_fast=True)]
+Few = Annotated[list[T], Field(max_length=MAX_FIELDS, fail_fast=True)]  # of which each step looks at all
+Dict = Annotated[dict[str, T], BeforeValidator(_not_too_many)]
+
+TokenIds = List[int]
+PromptField = str | TokenIds | List[str] | List[TokenIds]
 
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_too_many(cls, value: Any) -> Any:
+        return _not_too_many(value)
 
 
 class StreamOptions(Body):
@@ -60,10 +81,10 @@ class GenerationFields(_Common):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | List[str] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Dict[float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -72,7 +93,7 @@ class GenerationFields(_Common):
     min_p: float | None = Field(None, description="leave out tokens less likely than this times the likeliest")
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Few[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -106,17 +127,17 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | List[TextPart] | None = None
 
 
 class ChatRequest(GenerationFields):
-    messages: list[Message]
+    messages: List[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     # ---- accepted where they ask for nothing, since clients send them
     store: Literal[False] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Dict[str] | None = None
     service_tier: Literal["auto", "default"] | None = None
     tools: list[Any] | None = Field(None, max_length=0)
     tool_choice: Literal["none", "auto"] | None = None
@@ -134,10 +155,10 @@ class EmbeddingRequest(_Common):
 
 class TokenizeRequest(_Common):
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: List[Message] | None = None
     add_special_tokens: bool | None = None
 
 
 class DetokenizeRequest(_Common):
-    tokens: list[int]
+    tokens: TokenIds
     skip_special_tokens: bool | None = None

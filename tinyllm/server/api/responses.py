@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 __all__ = [
+    "STREAMED",
     "ChatCompletion",
     "Completion",
     "Detokenized",
@@ -16,6 +17,15 @@ __all__ = [
     "ModelList",
     "Tokenized",
 ]
+
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+
+STREAMED: dict[int | str, dict[str, Any]] = {  # what the document says of answers that may be streams
+    200: {
+        "description": "The answer; with `stream`, server-sent events whose data are its chunks, and at last [DONE].",
+        "content": {"text/event-stream": {"itemSchema": _EVENT}},
+    }
+}
 
 
 class _Shape(BaseModel):
