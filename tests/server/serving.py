@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ class Server:
 
 
 def make_llm(**options: Any) -> LLM:
-    llm = LLM("tales-4m", device="cpu", **options)
+    llm = LLM("tales-4m", device=os.environ.get("TINYLLM_TEST_DEVICE", "cpu"), **options)
     assert llm.tokenizer is not None
     llm.tokenizer.chat_template = TEMPLATE
     return llm
