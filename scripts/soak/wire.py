@@ -55,7 +55,9 @@ async def connection(host: str, port: int, *, receive_buffer: int | None = None)
 
 def request(method: str, path: str, body: bytes = b"", *, close: bool = False) -> bytes:
     """The bytes of a request. close: asks the server to end the connection after its answer."""
-    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
     return head.encode() + (b"\r\nConnection: close" if close else b"") + b"\r\n\r\n" + body
 
 

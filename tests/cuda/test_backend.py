@@ -122,7 +122,7 @@ def test_replayed_steps_give_the_bits_of_eager_ones() -> None:
     for cuda_graphs in (True, False):
         llm = engine(cuda_graphs=cuda_graphs)
         seen: dict[tuple[str, int], bytes] = {}
-        llm.observer = _LogitsWatcher(seen)
+        llm.observers.append(_LogitsWatcher(seen))
         for index in range(5):
             llm.add_request(str(index), random_prompt(3 + index, seed=index), SamplingParams(max_tokens=5))
         run_all(llm)
@@ -133,6 +133,8 @@ def test_replayed_steps_give_the_bits_of_eager_ones() -> None:
 
 
 class _LogitsWatcher:
+    wants_logits = True
+
     def __init__(self, seen: dict[tuple[str, int], bytes]) -> None:
         self.seen = seen
 

@@ -238,7 +238,7 @@ class Run:
             prefix_caching=prefix_caching,
             debug_checks=False,
         )
-        self.engine.observer = self
+        self.engine.observers.append(self)
         self.engine.runner.__dict__["fingerprint"] = fingerprint(setting, threads)  # costs more than most runs
         self.label = (
             f"{setting} batch={batch} block_size={block_size} threads={threads} abort={abort} "
@@ -440,6 +440,8 @@ class Run:
                     array[free] = 0x7FC0 if array.dtype == np.uint16 else np.nan
 
     # ---- as the engine's observer
+
+    wants_logits = True
 
     def request_added(self, request: Request) -> None: ...
 

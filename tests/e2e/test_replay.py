@@ -187,7 +187,7 @@ def checking_observer(engine: LLMEngine) -> list[Step]:
         assert event.free == manager.num_free_blocks
         seen.append(event)
 
-    engine.observer = Watcher(engine, check)
+    engine.observers.append(Watcher(engine, check))
     return seen
 
 
@@ -214,6 +214,33 @@ def test_blocks_of_sessions_are_followed_too() -> None:
     while engine.has_unfinished_requests():
         engine.step()
     assert seen[-1].free == engine.block_manager.num_free_blocks
+
+
+def test_a_sequence_that_has_its_own_blocks_back_in_another_order_is_followed() -> None:
+    """It gives them up for one of higher priority, and gets some of them again in the same step."""
+    engine = tiny_engine(num_blocks=9, block_size=4, max_batch_tokens=17, prefix_caching=False)
+    seen = checking_observer(engine)
+    add(engine, "low", random_prompt(27), max_tokens=4)
+    for _ in range(4):
+        engine.step()
+    add(engine, "high", random_prompt(5), max_tokens=1, priority=1)
+    engine.step()
+    ((preempted, _),) = seen[-1].preempted
+    assert (preempted, seen[-1].admitted[-1].request_id) == ("low", "low")
+    run_all(engine)
+
+
+def test_a_fork_at_rest_that_loses_its_blocks_at_once_is_followed() -> None:
+    engine = tiny_engine(num_blocks=6, block_size=4, prefix_caching=False)
+    seen = checking_observer(engine)
+    engine.add_request("kept", random_prompt(10), SamplingParams(max_tokens=2), keep=True)
+    while engine.has_unfinished_requests():
+        engine.step()
+    fork = engine.fork(engine.take_kept("kept"))
+    add(engine, "large", random_prompt(22), max_tokens=1)
+    run_all(engine)
+    assert [name for name, _ in seen[-1].preempted] == ["kept", "kept"]
+    assert not fork.block_table
 
 
 # ---- what differs is named

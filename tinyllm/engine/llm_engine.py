@@ -51,7 +51,7 @@ class LLMEngine:
     Attributes:
         requests: those not finished, by id.
         num_steps, num_preemptions: how often a batch ran, and a sequence lost its blocks.
-        observer: told of everything that happens, if there is one.
+        observers: told of everything that happens; they may come and go between steps.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class LLMEngine:
             model, spec, max_batch_tokens=config.max_batch_tokens, max_logits_rows=max_logits_rows(config)
         )
         self.requests: dict[str, Request] = {}
-        self.observer: EngineObserver | None = None
+        self.observers: list[EngineObserver] = []
         self.num_steps = 0
         self.num_preemptions = 0
         self._admission = Admission(
@@ -137,8 +137,8 @@ class LLMEngine:
         request.sequences.append(self._decoding.first_sequence(request))
         self.requests[request_id] = request
         self.scheduler.add(request.sequences[0])
-        if self.observer is not None:
-            self.observer.request_added(request)
+        for observer in self.observers:
+            observer.request_added(request)
 
     def check_request(
         self, prompt_token_ids: Seq[int], params: SamplingParams, task: Task = Task.GENERATE
@@ -152,8 +152,8 @@ class LLMEngine:
         if request is None:
             return None
         output = self._end(request, "abort")
-        if self.observer is not None:
-            self.observer.request_aborted(request)
+        for observer in self.observers:
+            observer.request_aborted(request)
         return output
 
     def has_unfinished_requests(self) -> bool:
@@ -200,16 +200,17 @@ class LLMEngine:
             self._collect_rows(output.scheduled, hidden)
         except BaseException:  # an interrupt too: what was scheduled did not all happen
             self.scheduler.undo(output)
-            if self.observer is not None:
-                self.observer.step_undone()
+            for observer in self.observers:
+                observer.step_undone()
             raise
         stepped = list(dict.fromkeys(item.sequence.request for item in output.scheduled))
         result = self._finish_step(stepped)
         self.num_steps += 1
         self.num_preemptions += len(output.preempted)
-        if self.observer is not None:
+        if self.observers:
             gone = [request for request in stepped if request.request_id not in self.requests]
-            self.observer.step_finished(output, gone)
+            for observer in self.observers:
+                observer.step_finished(output, gone)
         if self.config.debug_checks:
             self.check_invariants()
         return result
@@ -239,11 +240,12 @@ class LLMEngine:
                 request.num_rows = max(request.num_rows, start + item.num_tokens)
             sequence.num_computed_tokens += item.num_tokens
         draws = [self._decoding.draws(*item, row) for row, item in enumerate(wanted)]
-        outcomes = self.runner.outcomes(hidden, rows, draws, keep_logits=self.observer is not None)
+        readers = [observer for observer in self.observers if observer.wants_logits]
+        outcomes = self.runner.outcomes(hidden, rows, draws, keep_logits=bool(readers))
         for (sequence, position), (logits, tokens) in zip(wanted, outcomes, strict=True):
-            if self.observer is not None:
+            for reader in readers:
                 assert logits is not None
-                self.observer.logits_used(sequence, position, logits)
+                reader.logits_used(sequence, position, logits)
             if tokens is not None:
                 self._decoding.use_draws(sequence, tokens)
             else:

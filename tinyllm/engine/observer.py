@@ -14,6 +14,11 @@ __all__ = ["EngineObserver"]
 class EngineObserver(Protocol):
     """Called by LLMEngine in the order in which things happen. It must not change what it is given."""
 
+    @property
+    def wants_logits(self) -> bool:
+        """Whether logits_used is to be called; every row of logits is then brought to the host. Asked at each step."""
+        ...
+
     def request_added(self, request: Request) -> None:
         """A request has entered the queue."""
         ...

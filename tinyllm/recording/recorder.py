@@ -78,7 +78,7 @@ class Recorder:
         except OSError as error:
             self.close()
             raise RecordingError(f"cannot write the recording {self.path}: {reason(error)}") from error
-        engine.observer = Watcher(engine, self._record)
+        engine.observers.append(Watcher(engine, self._record))
 
     def close(self) -> None:
         """Ends the recording; what the engine does from now on is not written."""

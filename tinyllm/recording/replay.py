@@ -89,7 +89,7 @@ class Replay:
         self._check_engine()
         self.logits: dict[tuple[str, int, int], F32Array] = {}
         self._replayed: list[Event] = []
-        self.engine.observer = _LogitsKeeper(self.engine, self._replayed.append, self.logits)
+        self.engine.observers.append(_LogitsKeeper(self.engine, self._replayed.append, self.logits))
         self._events = iter(self.recording)
         self.next_step = self._feed()
 

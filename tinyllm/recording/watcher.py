@@ -39,17 +39,49 @@ __all__ = ["Watcher"]
 
 
 class Watcher:
-    """An EngineObserver that passes each event on to `emit`. To be set before the engine's first request."""
+    """An EngineObserver that passes each event on to `emit`. It begins from what the engine holds when it is made.
 
-    def __init__(self, engine: LLMEngine, emit: Callable[[Event], None]) -> None:
+    Args:
+        digest: whether a step's rows of logits are counted and digested; without it none are asked for.
+
+    Attributes:
+        begin: of time.monotonic(); the events' times count from here.
+    """
+
+    def __init__(self, engine: LLMEngine, emit: Callable[[Event], None], *, digest: bool = True) -> None:
+        self.wants_logits = digest
+        self.begin = time.monotonic()
         self._engine = engine
         self._emit = emit
-        self._begin = time.monotonic()
-        self._num_steps = 0
+        self._num_steps = engine.num_steps
         self._sequences: dict[Sequence, _Known] = {}
+        for sequence in (s for request in engine.requests.values() for s in request.sequences):
+            self._sequences[sequence] = _Known.as_it_stands(sequence)
+        for sequence in engine.scheduler.parked:
+            self._sequences[sequence] = _Known.as_it_stands(sequence)
         self._blocks = _Blocks(engine.block_manager)
+        self._unsure = True  # which blocks are cached, since nobody said what became of them
+        self.take_block_changes()
         self._digest = blake2b(digest_size=8)
         self._rows = 0
+
+    # ---- what is known between steps
+
+    @property
+    def sequences(self) -> list[tuple[str, int, Sequence]]:
+        """(request id, index, sequence) of those that are in the engine or hold blocks, by the names of the events."""
+        return [(*known.name, sequence) for sequence, known in self._sequences.items()]
+
+    def blocks(self) -> tuple[BlockChange, ...]:
+        """All blocks that are held or cached, as far as the events so far tell."""
+        return self._blocks.all()
+
+    def take_block_changes(self) -> tuple[BlockChange, ...]:
+        """The blocks that changed since the last step or call; the next step's event will not tell of them again.
+
+        What happens to them between steps, as by an abort, is otherwise part of that event.
+        """
+        return self._block_changes(())
 
     # ---- EngineObserver
 
@@ -97,7 +129,7 @@ class Watcher:
                 at=self._now(),
                 ran=ran,
                 admitted=tuple(Admitted(*known[s].name, hit) for s, hit in output.admitted),
-                preempted=tuple(Preempted(*known[s].name) for s in output.preempted),
+                preempted=tuple(Preempted(*self._name(s)) for s in output.preempted),
                 evicted=tuple(output.evicted),
                 copies=tuple(Copy(*pair) for pair in output.copies),
                 rows=self._rows,
@@ -105,7 +137,7 @@ class Watcher:
                 forks=forks,
                 tokens=tokens,
                 finished=ended,
-                blocks=self._blocks.changes(self._sequences, [*output.newly_cached, *output.evicted]),
+                blocks=self._block_changes([*output.newly_cached, *output.evicted]),
                 free=self._engine.block_manager.num_free_blocks,
                 waiting=len(scheduler.waiting),
                 running=len(scheduler.running),
@@ -118,6 +150,7 @@ class Watcher:
     def step_undone(self) -> None:
         self._find_forks(self._engine.requests.values())
         self._forget_rows()
+        self._unsure = True
         self._emit(Interruption(after=self._num_steps, at=self._now()))
 
     # ---- parts
@@ -126,8 +159,17 @@ class Watcher:
         self._digest = blake2b(digest_size=8)
         self._rows = 0
 
+    def _name(self, sequence: Sequence) -> tuple[str, int]:
+        known = self._sequences.get(sequence)  # it has none if it came to rest after the step before
+        return (sequence.request.request_id, sequence.index) if known is None else known.name
+
     def _now(self) -> float:
-        return round(time.monotonic() - self._begin, 6)
+        return round(time.monotonic() - self.begin, 6)
+
+    def _block_changes(self, candidates: Iterable[int]) -> tuple[BlockChange, ...]:
+        if self._unsure:
+            candidates, self._unsure = range(self._engine.block_manager.num_blocks), False
+        return self._blocks.changes(self._sequences, candidates)
 
     def _find_forks(self, requests: Iterable[Request]) -> tuple[Fork, ...]:
         """Takes in the sequences that are new, and says of those that run from whose state they went on."""
@@ -139,7 +181,10 @@ class Watcher:
                 if sequence.status is SequenceStatus.FINISHED:  # by its first token, or as a beam search's answer
                     self._sequences[sequence] = _Known(sequence)
                     continue
-                parent = next((known for known in old.values() if known.is_prefix_of(sequence)), None)
+                alike = [other for other, known in old.items() if known.is_prefix_of(sequence)]
+                # of several with the same tokens, not one that lost its blocks while the child has some
+                first = min(alike, key=lambda other: other.status is not sequence.status, default=None)
+                parent = None if first is None else old[first]
                 known = self._sequences[sequence] = _Known(sequence, parent)
                 if parent is not None:
                     forks.append(Fork(*known.name, parent.name[1]))
@@ -183,6 +228,13 @@ class _Known:
             self.num_tokens = parent.num_tokens
             self._token_ids = parent._token_ids
 
+    @classmethod
+    def as_it_stands(cls, sequence: Sequence) -> _Known:
+        """With all that the sequence has by now."""
+        known = cls(sequence, finished=sequence.status in (SequenceStatus.FINISHED, SequenceStatus.PARKED))
+        known.learn(sequence)
+        return known
+
     def learn(self, sequence: Sequence) -> None:
         self.num_tokens = sequence.num_tokens
         if sequence.request.params.num_sequences > 1:  # only then does anyone ask what they were
@@ -208,19 +260,20 @@ class _Blocks:
         self._owners: dict[int, dict[Sequence, Owner]] = {}  # of each held block
         self._cached: set[int] = set()
 
-    def changes(self, sequences: Mapping[Sequence, _Known], candidates: list[int]) -> tuple[BlockChange, ...]:
+    def changes(self, sequences: Mapping[Sequence, _Known], candidates: Iterable[int]) -> tuple[BlockChange, ...]:
         """The blocks that changed since the last call, in order; those in `candidates` may be cached now, or not."""
         changed: set[int] = set()
         for sequence, known in sequences.items():
             before, after = self._tables.get(sequence, []), sequence.block_table
             if before == after:
                 continue
-            for place, (old, new) in enumerate(zip_longest(before, after, fillvalue=RELEASED)):
-                if old == new:
-                    continue
+            pairs = enumerate(zip_longest(before, after, fillvalue=RELEASED))
+            differing = [(place, old, new) for place, (old, new) in pairs if old != new]
+            for _, old, _ in differing:  # all of them first: a block may have gone to another place
                 if old != RELEASED:
                     del self._owners[old][sequence]
                     changed.add(old)
+            for place, _, new in differing:
                 if new != RELEASED:
                     self._owners.setdefault(new, {})[sequence] = Owner(*known.name, place)
                     changed.add(new)
@@ -232,10 +285,14 @@ class _Blocks:
             if self._manager.is_cached(block) != (block in self._cached):
                 self._cached ^= {block}
                 changed.add(block)
-        return tuple(
-            BlockChange(block, block in self._cached, tuple(sorted(self._owners.get(block, {}).values())))
-            for block in sorted(changed)
-        )
+        return tuple(self._state(block) for block in sorted(changed))
+
+    def all(self) -> tuple[BlockChange, ...]:
+        held = {block for block, owners in self._owners.items() if owners}
+        return tuple(self._state(block) for block in sorted(held | self._cached))
+
+    def _state(self, block: int) -> BlockChange:
+        return BlockChange(block, block in self._cached, tuple(sorted(self._owners.get(block, {}).values())))
 
 
 def _params(params: SamplingParams) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import fastapi_offline
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
@@ -25,6 +25,7 @@ from tinyllm.server.api.text import text_router
 from tinyllm.server.auth import caller_of
 from tinyllm.server.errors import ApiError, invalid
 from tinyllm.server.http import JsonResponse
+from tinyllm.server.live import live_router
 from tinyllm.server.middleware import BoundedBody, KnownHost, SafeHeaders
 from tinyllm.server.service import Service
 
@@ -71,6 +72,7 @@ def make_app(service: Service) -> FastAPI:
     caller = caller_of(service.config.api_keys)
     for router in (chat_router, completions_router, embeddings_router, text_router, models_router):
         app.include_router(router(service, caller))
+    app.include_router(live_router(service.engine, service.feed, dependencies=[Depends(caller)]))
     _add_docs(app)
     _add_error_handlers(app)
     app.add_middleware(BoundedBody, max_nbytes=service.config.max_body_nbytes, seconds=service.config.body_seconds)

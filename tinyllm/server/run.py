@@ -97,6 +97,7 @@ class _Server(uvicorn.Server):
     def _drain(self) -> None:
         async def drain() -> None:
             await self._service.engine.drain(self._service.config.drain_seconds)
+            self._service.feed.close()
             await asyncio.sleep(0)  # the last results are on their way
             self.should_exit = True
 

@@ -14,6 +14,7 @@ from tinyllm.sampling_params import SamplingParams
 from tinyllm.server.config import ServerConfig
 from tinyllm.server.engine_thread import EngineThread
 from tinyllm.server.errors import ApiError, invalid
+from tinyllm.server.live import LiveFeed, ModelFacts
 from tinyllm.server.metrics import Metrics
 from tinyllm.server.submission import Job, Submission
 
@@ -26,6 +27,7 @@ class Service:
     """One model, served.
 
     Attributes:
+        feed: tells viewers what the engine does.
         created: when the server began, in seconds since the epoch.
         fingerprint: names model, device and version by what they compute: where it is equal, so are all bits.
     """
@@ -35,6 +37,8 @@ class Service:
         self.config = config
         self.metrics = Metrics(config.model_name)
         self.engine = EngineThread(llm, max_waiting=config.max_waiting, observer=self.metrics)
+        facts = ModelFacts.of(llm, config.model_name)
+        self.feed = LiveFeed(llm.engine, facts, is_paused=lambda: self.engine.paused)
         self.created = int(time.time())
         self.fingerprint = llm.engine.fingerprint
         self.metrics.watch(
