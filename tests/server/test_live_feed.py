@@ -426,6 +426,34 @@ def test_two_kinds_of_observers_at_once() -> None:
     assert len(engine.observers) == 1
 
 
+def test_a_feed_that_fails_ends_its_viewers_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished: list[int] = []
+
+    class Last:
+        wants_logits = False
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args: finished.append(1) if name == "step_finished" else None
+
+    engine = tiny_engine()
+    feed, viewer = watched(engine)
+    engine.observers.append(Last())  # after the feed: it must not miss the event either
+    engine.add_request("a", random_prompt(20), SamplingParams(max_tokens=4))
+    engine.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(feed, "_send", lambda *args: 1 / 0)
+        engine.step()
+    assert viewer.closed and feed.num_viewers == 0
+    assert len(finished) == 2 and len(engine.observers) == 1
+    feed.detach(viewer)
+    again, picture = Viewer(nothing), Picture()
+    feed.attach(again)
+    run_all(engine)
+    assert len(finished) == 4
+    picture.look(again)
+    picture.compare(engine)
+
+
 def test_numbers_of_requests_long_gone_are_forgotten() -> None:
     engine = tiny_engine()
     feed, viewer = watched(engine, max_messages=1)

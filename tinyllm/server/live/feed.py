@@ -12,6 +12,7 @@ from tinyllm.engine.sequence import Request, Sequence
 from tinyllm.recording.events import Abort, Event, Interruption, RequestAdded, Step
 from tinyllm.recording.watcher import Watcher
 from tinyllm.server.live.facts import ModelFacts
+from tinyllm.server.live.guard import Guard
 from tinyllm.server.live.messages import block_states, message, step_fields
 from tinyllm.server.live.viewer import Viewer
 
@@ -33,6 +34,7 @@ class LiveFeed:
         self._facts = facts
         self._viewers: dict[Viewer, None] = {}
         self._watcher: Watcher | None = None
+        self._guard: Guard | None = None
         self._numbers: dict[str, int] = {}  # of the requests that the watcher may name
         self._step_begin = 0.0
 
@@ -44,7 +46,8 @@ class LiveFeed:
         """Gives a viewer the state, and from now on every event."""
         if self._watcher is None:
             self._watcher = self._watch()
-            self._engine.observers.append(self._watcher)
+            self._guard = Guard(self._watcher, self._give_up)
+            self._engine.observers = [*self._engine.observers, self._guard]
             self._step_begin = 0.0
         self._viewers[viewer] = None
         viewer.begin(message("state", self._state(self._watcher)))
@@ -57,9 +60,19 @@ class LiveFeed:
     def detach(self, viewer: Viewer) -> None:
         self._viewers.pop(viewer, None)
         if not self._viewers and self._watcher is not None:
-            self._engine.observers.remove(self._watcher)
-            self._watcher = None
-            self._numbers = {}
+            self._leave()
+
+    def _leave(self) -> None:
+        # a list of its own: the engine may be going through the other one
+        self._engine.observers = [other for other in self._engine.observers if other is not self._guard]
+        self._watcher = self._guard = None
+        self._numbers = {}
+
+    def _give_up(self) -> None:
+        """The watcher has failed, which is a bug: whoever watches comes again, and gets another."""
+        self.close()
+        self._viewers = {}
+        self._leave()
 
     def close(self) -> None:
         """Ends all viewers' streams, so that a server can stop; from any thread."""

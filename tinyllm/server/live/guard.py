@@ -1,0 +1,80 @@
+"""An observer that may fail without harm to what it observes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tinyllm.backends.base import F32Array
+from tinyllm.engine.observer import EngineObserver
+from tinyllm.engine.scheduler import SchedulerOutput
+from tinyllm.engine.sequence import Request, Sequence
+
+__all__ = ["Guard"]
+
+_log = logging.getLogger("tinyllm.server")
+
+
+class Guard:
+    """Passes everything on to an observer until it fails; the engine's requests go on all the same.
+
+    Args:
+        on_failure: called once, when it has failed.
+    """
+
+    def __init__(self, observer: EngineObserver, on_failure: Callable[[], None]) -> None:
+        self._observer = observer
+        self._on_failure = on_failure
+        self._failed = False
+
+    @property
+    def wants_logits(self) -> bool:
+        return not self._failed and self._observer.wants_logits
+
+    def request_added(self, request: Request) -> None:
+        with self._guarded():
+            self._observer.request_added(request)
+
+    def request_aborted(self, request: Request) -> None:
+        with self._guarded():
+            self._observer.request_aborted(request)
+
+    def logits_used(self, sequence: Sequence, position: int, logits: F32Array) -> None:
+        with self._guarded():
+            self._observer.logits_used(sequence, position, logits)
+
+    def step_finished(self, output: SchedulerOutput, finished: list[Request]) -> None:
+        with self._guarded():
+            self._observer.step_finished(output, finished)
+
+    def step_undone(self) -> None:
+        with self._guarded():
+            self._observer.step_undone()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        if self._failed:
+            self._observer = _Blind()
+        try:
+            yield
+        except Exception:
+            _log.exception("the live feed has failed; who watches begins again")
+            self._failed = True
+            self._on_failure()
+
+
+class _Blind:
+    """Sees nothing."""
+
+    wants_logits = False
+
+    def request_added(self, request: Request) -> None: ...
+
+    def request_aborted(self, request: Request) -> None: ...
+
+    def logits_used(self, sequence: Sequence, position: int, logits: F32Array) -> None: ...
+
+    def step_finished(self, output: SchedulerOutput, finished: list[Request]) -> None: ...
+
+    def step_undone(self) -> None: ...
