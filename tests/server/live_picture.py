@@ -125,7 +125,7 @@ class Picture:
             for place, block in enumerate(sequence.block_table):
                 if block != RELEASED:
                     expected.setdefault(block, []).append([sequence.request.arrival, sequence.index, place])
-        held = {block: owners for block, (_, owners) in self.blocks.items() if owners}
+        held = {block: sorted(owners) for block, (_, owners) in self.blocks.items() if owners}
         assert held == {block: sorted(owners) for block, owners in expected.items()}
         assert [len(held.get(block, ())) for block in range(manager.num_blocks)] == manager.ref_counts
         cached = {block for block, (cached, _) in self.blocks.items() if cached}
