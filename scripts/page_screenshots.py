@@ -11,15 +11,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
+from served import served
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER_ARGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-background-networking")
@@ -27,26 +23,6 @@ SIZE = {"width": 1440, "height": 1080}
 MAX_NBYTES = 400_000
 MAX_STEPS = 60
 QUESTION = "Why do cats purr? Answer in three sentences."
-
-
-@contextmanager
-def served(model: str, num_blocks: int) -> Iterator[str]:
-    """The address of a server that runs meanwhile."""
-    options = ["--model", model, "--num-blocks", str(num_blocks), "--port", "0"]
-    command = [sys.executable, "-m", "tinyllm", "serve", *options]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert child.stderr is not None
-        lines = []
-        for line in child.stderr:
-            lines.append(line)
-            if found := re.search(r"http://\S+:\d+", line):
-                yield found[0]
-                return
-        raise SystemExit("".join(lines))
-    finally:
-        child.terminate()
-        child.wait()
 
 
 def wait_for_status(page: Page, status: str) -> None:
@@ -89,7 +65,8 @@ def main() -> None:
     path = os.environ.get("TINYLLM_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         raise SystemExit("there is no Chromium on the PATH; TINYLLM_CHROMIUM may name one")
-    with served(args.model, args.num_blocks) as url, sync_playwright() as playwright:
+    options = ["--model", args.model, "--num-blocks", str(args.num_blocks)]
+    with served(options) as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=list(BROWSER_ARGS))
         # without motion the copies of the last step stay in sight
         page = browser.new_page(viewport=SIZE, reduced_motion="reduce")

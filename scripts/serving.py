@@ -15,12 +15,7 @@ Writes OUTPUT.json.
 from __future__ import annotations
 
 import asyncio
-import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -41,6 +36,7 @@ from measurement import (
     run_script,
     write_json,
 )
+from served import served
 
 from tinyllm import LLM, SamplingParams
 from tinyllm.loadgen.http_client import HTTPClient
@@ -57,25 +53,6 @@ TOPICS = (
     *("boats", "foods", "cities", "books", "clouds", "stones", "dances", "shoes"),
 )
 STREAM_PROMPT_TOKENS = 32
-
-
-@contextmanager
-def server(arguments: Sequence[str]) -> Iterator[str]:
-    """The URL of a server that runs meanwhile."""
-    command = [sys.executable, "-m", "tinyllm", "serve", "--port", "0", *arguments]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert child.stderr is not None
-        lines = []
-        for line in child.stderr:
-            lines.append(line)
-            if found := re.search(r"is served at (http://\S+)", line):
-                yield found[1]
-                return
-        raise MistakeError(f"the server did not start: {' '.join(lines[-1:]).strip()}")
-    finally:
-        child.terminate()
-        child.wait()
 
 
 # ---- throughput
@@ -197,7 +174,7 @@ def main() -> None:
     common = ["--model", args.model, *([] if args.threads is None else ["--threads", str(args.threads)])]
     name = "model"
     llm = load(args)
-    with server([*common, "--served-model-name", name]) as url:
+    with served([*common, "--served-model-name", name]) as url:
         speed = throughput(args, llm, url, name)
     streams = [ordinary_token_ids(llm, STREAM_PROMPT_TOKENS, seed=10 + i) for i in range(args.streams)]
     prompt = ordinary_token_ids(llm, args.prompt_tokens, seed=2)
@@ -205,7 +182,7 @@ def main() -> None:
     arrivals: dict[str, dict[str, Any]] = {}
     for stall in args.max_stall.split(","):
         option = {"default": [], "none": ["--max-stall", "1000000"]}.get(stall, ["--max-stall", stall])
-        with server([*common, "--served-model-name", name, *option]) as url:
+        with served([*common, "--served-model-name", name, *option]) as url:
             asyncio.run(served_seconds(url, name, 2, 8, stream=True))  # warms up
             fact = arrivals[stall] = asyncio.run(long_prompt(url, name, streams, prompt, 4.0))
         notice(f"max_stall {stall}: {fact}")

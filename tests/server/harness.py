@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,20 +12,16 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import httpx
-import uvicorn
 
+from tests.server.running import MODEL, PATIENCE, give_template, running
 from tinyllm.engine.llm_engine import LLMEngine
 from tinyllm.llm import LLM
 from tinyllm.sampling_params import SamplingParams
 from tinyllm.server.config import ServerConfig
-from tinyllm.server.run import bind, make_server
 from tinyllm.server.service import Service
 
-__all__ = ["CHAT_TEMPLATE", "MODEL", "Serving", "http", "post", "reset", "serving", "until"]
+__all__ = ["Serving", "http", "post", "reset", "serving", "until"]
 
-MODEL = "tales-4m"
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-PATIENCE = 60.0  # seconds; keeps a broken run from hanging, and is no bound on speed
 PROBE = {"prompt": "Once upon a time there was a", "max_tokens": 6, "temperature": 0, "logprobs": 3}
 
 _ENGINE = {"num_blocks": 192, "max_num_seqs": 32, "num_threads": 1, "device": "cpu", "debug_checks": True}
@@ -41,7 +36,6 @@ class Serving:
     """
 
     service: Service
-    server: uvicorn.Server
     port: int
     expected: tuple[list[str], list[float]]
     sockets: list[socket.socket] = field(default_factory=list)
@@ -116,26 +110,16 @@ def serving(**options: Any) -> Iterator[Serving]:
     """A server that answers. options: fields of ServerConfig and of EngineConfig."""
     names = {one.name for one in fields(ServerConfig)}
     config = ServerConfig(**{"model_name": MODEL, **{k: v for k, v in options.items() if k in names}})
-    llm = LLM(MODEL, **{**_ENGINE, **{k: v for k, v in options.items() if k not in names}})
-    assert llm.tokenizer is not None
-    llm.tokenizer.chat_template = CHAT_TEMPLATE
+    llm = give_template(LLM(MODEL, **{**_ENGINE, **{k: v for k, v in options.items() if k not in names}}))
     expected = _expected(llm)
     service = Service(llm, config)
-    sock = bind("127.0.0.1", 0)
-    server = make_server(service)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="server")
-    thread.start()
-    running = Serving(service, server, sock.getsockname()[1], expected)
-    try:
-        until(lambda: server.started or not thread.is_alive(), "the server does not start")
-        yield running
-    finally:
-        for one in running.sockets:
-            one.close()
-        server.should_exit = True
-        thread.join(PATIENCE)
-        assert not thread.is_alive(), "the server does not end"
-        sock.close()
+    with running(service) as port:
+        served = Serving(service, port, expected)
+        try:
+            yield served
+        finally:
+            for one in served.sockets:
+                one.close()
 
 
 def _expected(llm: LLM) -> tuple[list[str], list[float]]:

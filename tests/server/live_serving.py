@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from tests.server.running import MODEL, running
 from tinyllm import LLM
 from tinyllm.engine.llm_engine import LLMEngine
 from tinyllm.server.config import ServerConfig
 from tinyllm.server.engine_thread import EngineThread
 from tinyllm.server.live import LiveFeed
-from tinyllm.server.run import bind, make_server
 from tinyllm.server.service import Service
 
 
@@ -39,17 +38,6 @@ class Served:
 
 @contextmanager
 def serving_page(llm: LLM, **config: Any) -> Iterator[Served]:
-    service = Service(llm, ServerConfig(model_name="tales-4m", **config))
-    sock = bind("127.0.0.1", 0)
-    server = make_server(service)
-    runner = threading.Thread(target=lambda: server.run(sockets=[sock]))
-    runner.start()
-    while not server.started and runner.is_alive():
-        runner.join(0.01)
-    try:
-        yield Served(f"http://127.0.0.1:{sock.getsockname()[1]}", llm, llm.engine, service.engine, service.feed)
-    finally:
-        service.engine.resume()
-        service.feed.close()
-        server.should_exit = True
-        runner.join()
+    service = Service(llm, ServerConfig(model_name=MODEL, **config))
+    with running(service) as port:
+        yield Served(f"http://127.0.0.1:{port}", llm, llm.engine, service.engine, service.feed)

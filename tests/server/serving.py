@@ -1,20 +1,17 @@
-"""A real server in this process, on a port of its own."""
+"""A real server, and a model of the same kind beside it that says what its answers should be."""
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from tests.server.running import MODEL, give_template, running
 from tinyllm import LLM
 from tinyllm.server.config import ServerConfig
-from tinyllm.server.run import bind, make_server
 from tinyllm.server.service import Service
-
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
 @dataclass
@@ -26,24 +23,12 @@ class Server:
 
 
 def make_llm(**options: Any) -> LLM:
-    llm = LLM("tales-4m", device=os.environ.get("TINYLLM_TEST_DEVICE", "cpu"), **options)
-    assert llm.tokenizer is not None
-    llm.tokenizer.chat_template = TEMPLATE
-    return llm
+    return give_template(LLM(MODEL, device=os.environ.get("TINYLLM_TEST_DEVICE", "cpu"), **options))
 
 
 @contextmanager
 def serving(config: ServerConfig | None = None, **options: Any) -> Iterator[Server]:
     llm = make_llm(**options)
-    service = Service(llm, config or ServerConfig(model_name="tales-4m"))
-    sock = bind("127.0.0.1", 0)
-    server = make_server(service)
-    thread = threading.Thread(target=lambda: server.run(sockets=[sock]))
-    thread.start()
-    while not server.started and thread.is_alive():
-        thread.join(0.01)
-    try:
-        yield Server(f"http://127.0.0.1:{sock.getsockname()[1]}", service, llm, make_llm())
-    finally:
-        server.should_exit = True
-        thread.join()
+    service = Service(llm, config or ServerConfig(model_name=MODEL))
+    with running(service) as port:
+        yield Server(f"http://127.0.0.1:{port}", service, llm, make_llm())
