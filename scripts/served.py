@@ -13,7 +13,7 @@ __all__ = ["served"]
 
 @contextmanager
 def served(arguments: Sequence[str]) -> Iterator[str]:
-    """The URL of `tinyllm serve` with these arguments, at a port of its own. Raises RuntimeError if it does not start."""
+    """The URL of `tinyllm serve` with these arguments, at a free port. Raises RuntimeError if it does not start."""
     command = [sys.executable, "-m", "tinyllm", "serve", "--port", "0", *arguments]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
