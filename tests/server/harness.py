@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import httpx
+import uvicorn
 
 from tests.server.running import MODEL, PATIENCE, give_template, running
 from tinyllm.engine.llm_engine import LLMEngine
@@ -36,6 +37,7 @@ class Serving:
     """
 
     service: Service
+    server: uvicorn.Server
     port: int
     expected: tuple[list[str], list[float]]
     sockets: list[socket.socket] = field(default_factory=list)
@@ -113,8 +115,8 @@ def serving(**options: Any) -> Iterator[Serving]:
     llm = give_template(LLM(MODEL, **{**_ENGINE, **{k: v for k, v in options.items() if k not in names}}))
     expected = _expected(llm)
     service = Service(llm, config)
-    with running(service) as port:
-        served = Serving(service, port, expected)
+    with running(service) as (server, port):
+        served = Serving(service, server, port, expected)
         try:
             yield served
         finally:

@@ -39,5 +39,5 @@ class Served:
 @contextmanager
 def serving_page(llm: LLM, **config: Any) -> Iterator[Served]:
     service = Service(llm, ServerConfig(model_name=MODEL, **config))
-    with running(service) as port:
+    with running(service) as (_, port):
         yield Served(f"http://127.0.0.1:{port}", llm, llm.engine, service.engine, service.feed)

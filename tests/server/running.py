@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import uvicorn
+
 from tinyllm.llm import LLM
 from tinyllm.server.run import bind, make_server
 from tinyllm.server.service import Service
@@ -25,8 +27,8 @@ def give_template(llm: LLM) -> LLM:
 
 
 @contextmanager
-def running(service: Service) -> Iterator[int]:
-    """The port where it answers."""
+def running(service: Service) -> Iterator[tuple[uvicorn.Server, int]]:
+    """The server, and the port where it answers."""
     sock = bind("127.0.0.1", 0)
     server = make_server(service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="server")
@@ -35,7 +37,7 @@ def running(service: Service) -> Iterator[int]:
         while not server.started and thread.is_alive():
             thread.join(0.01)
         assert server.started, "the server does not start"
-        yield sock.getsockname()[1]
+        yield server, sock.getsockname()[1]
     finally:
         service.engine.resume()
         service.feed.close()

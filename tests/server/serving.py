@@ -30,5 +30,5 @@ def make_llm(**options: Any) -> LLM:
 def serving(config: ServerConfig | None = None, **options: Any) -> Iterator[Server]:
     llm = make_llm(**options)
     service = Service(llm, config or ServerConfig(model_name=MODEL))
-    with running(service) as port:
+    with running(service) as (_, port):
         yield Server(f"http://127.0.0.1:{port}", service, llm, make_llm())

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.server.live_serving import Served, serving_page
-from tests.server.serving import TEMPLATE
+from tests.server.running import CHAT_TEMPLATE
 from tinyllm import LLM
 from tinyllm.sampling_params import SamplingParams
 
@@ -251,7 +251,7 @@ def test_several_answers_and_stop(visit: Visit, server: Served) -> None:
 def test_a_conversation_goes_on_with_the_answer_that_was_chosen(browser: Any) -> None:
     llm = make_llm()
     assert llm.tokenizer is not None
-    llm.tokenizer.chat_template = TEMPLATE
+    llm.tokenizer.chat_template = CHAT_TEMPLATE
     with serving_page(llm) as served, visiting(browser, served.url) as page:
         page.wait_for_selector(STATUS.format("idle"))
         assert page.inner_text("#chat-title") == "Chat"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from tinyllm.backends.base import F32Array
 from tinyllm.engine.observer import EngineObserver
 from tinyllm.engine.scheduler import SchedulerOutput
 from tinyllm.engine.sequence import Request, Sequence
+
+if TYPE_CHECKING:
+    from tinyllm.backends.base import F32Array
 
 __all__ = ["Guard"]
 
