@@ -15,6 +15,7 @@ KERNELS = "tinyllm/backends/cpu_kernels/"
 DIGITS, DOT = KERNELS + "digits.py", KERNELS + "integer_dot.py"
 PRODUCTS, MATRIX_UNIT = KERNELS + "integer_linear.py", KERNELS + "integer_amx.py"
 FORMATS, TILES, ATTENTION = KERNELS + "formats.py", KERNELS + "attention_tiles.py", KERNELS + "attention.py"
+INT8, VECTORS, CACHE = (f"{KERNELS}{name}.py" for name in ("attention_int8", "int8_vectors", "kv_cache"))
 LINEAR_OP, PROGRAM, BACKEND = (f"tinyllm/backends/{name}.py" for name in ("cpu_linear", "cpu_program", "cpu"))
 
 INTEGERS = ("tests/kernels/test_integer_linear.py",)
@@ -177,6 +178,47 @@ MUTANTS = (
         "                        if shared_end < row_end:\n",
         "                        if shared_end > row_end:\n",
         PAGED,
+    ),
+    Mutant(
+        "attention in int8: unseen values are multiplied",
+        INT8,
+        "probs = _keep(load(row + 4 * at) * scales, first - key, end - key)",
+        "probs = load(row + 4 * at) * scales",
+        PAGED,
+    ),
+    Mutant(
+        "attention in int8: sums of keys begin at zero", INT8, "[b.add(x, first) for x, first", "[x for x, first", PAGED
+    ),
+    Mutant(
+        "attention in int8: the digits of the row before",
+        INT8,
+        "_ROW * r + TILE_KEYS * digit, align=4",
+        "_ROW * max(r - 1, 0) + TILE_KEYS * digit, align=4",
+        PAGED,
+    ),
+    Mutant(
+        "attention in int8: a value of the largest overflows its digits",
+        KERNELS + "attention_digits.py",
+        "_i32(254 + 21)",
+        "_i32(254 + 23)",
+        PAGED,
+    ),
+    Mutant(
+        "int8: scales have all their bits",
+        VECTORS,
+        "b.and_(b.add(quotient, _i32(SCALE_DROPPED)), _i32(~SCALE_DROPPED))",
+        "quotient",
+        PAGED,
+    ),
+    Mutant(
+        "int8: scales may overflow",
+        VECTORS,
+        'b.fcmp_ordered("<", rounded, _f32(LARGEST_SCALE))',
+        "ir.Constant(ir.IntType(1), 1)",
+        PAGED,
+    ),
+    Mutant(
+        "int8: keys of a tile share a scale", CACHE, "16 * words + 4 * (offset % 16), scale", "16 * words, scale", PAGED
     ),
 )
 

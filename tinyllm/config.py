@@ -178,8 +178,8 @@ class EngineConfig:
             prefilled in as small chunks as that takes (see tinyllm.step_cost). None: in chunks of max_batch_tokens.
         block_size: tokens per KV block; a multiple of 16 on the cpu backend, a power of two up to 256 on the GPU.
         num_blocks: KV blocks to reserve; None sizes the cache from the model and the free memory.
-        kv_dtype: storage of keys and values: "f32", "f16", "bf16", or on the GPU "int8" or "fp8" with a scale for each
-            token and head; "auto" is what the backend computes attention in: on the CPU f32, or f16 with int8
+        kv_dtype: storage of keys and values: "f32", "f16", "bf16", or with a scale for each token and head "int8" and
+            on the GPU "fp8"; "auto" is what the backend computes attention in: on the CPU f32, or f16 with int8
             activations.
         max_model_len: the longest prompt plus output, in tokens; None means the model's own limit.
         num_threads: CPU threads; None means all that this process may use.

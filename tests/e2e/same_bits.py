@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.poison import poison
 from tests.tiny import random_prompt, tiny_engine
 from tinyllm.backends import create_backend
 from tinyllm.backends.base import F32Array
@@ -436,8 +437,7 @@ class Run:
         free = [block for block in blocks if manager.ref_counts[block] == 0 and not manager.is_cached(block)]
         if free:
             for layer in self.engine.runner.cache.layers:
-                for array in (layer.k, layer.v):
-                    array[free] = 0x7FC0 if array.dtype == np.uint16 else np.nan
+                poison(layer, free)
 
     # ---- as the engine's observer
 

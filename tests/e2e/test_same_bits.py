@@ -194,8 +194,10 @@ def test_a_shortage_of_blocks(num_blocks: int, prefix_caching: bool) -> None:
 # ---- other settings
 
 
-@pytest.mark.parametrize(("kv_dtype", "window", "threads"), [("f16", None, 2), ("bf16", 37, 1)])
-def test_caches_of_16_bits(kv_dtype: str, window: int | None, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kv_dtype", "window", "threads"), [("f16", None, 2), ("bf16", 37, 1), ("int8", None, 1), ("int8", 37, 2)]
+)
+def test_narrow_caches(kv_dtype: str, window: int | None, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     use_threads(threads, monkeypatch)
     setting = Setting(kv_dtype=kv_dtype, window=window, sinks=5)
     chosen = [c for c in probes(32, seed=threads) if c.chunk > 1]
@@ -236,6 +238,12 @@ def test_the_reference(block_size: int, window: int | None) -> None:
     setting = Setting("reference", window=window, sinks=3, prompt_len=22, new_tokens=4)
     chosen = probes(block_size, seed=block_size, prompt_len=22)[:: 1 if block_size == 4 else 5]
     assert run(setting, chosen, batch=1 + len(chosen), block_size=block_size, abort=True) == []
+
+
+def test_the_reference_in_int8() -> None:
+    setting = Setting("reference", kv_dtype="int8", window=11, sinks=3, prompt_len=22, new_tokens=4)
+    chosen = probes(4, seed=3, prompt_len=22)[::4]
+    assert run(setting, chosen, batch=1 + len(chosen), block_size=4, abort=True) == []
 
 
 def test_the_reference_beyond_its_first_split() -> None:
@@ -295,6 +303,7 @@ def test_quantised_weights(kinds: list[str], activations: str, tmp_path: Path) -
     failures = run(setting, chosen, batch=17, block_size=16, threads=2, abort=True)
     failures += run(setting, chosen[1:3], batch=2, block_size=32, threads=1)
     failures += run(replace(setting, kv_dtype="f16"), chosen[2:4], batch=5, block_size=48, threads=2)
+    failures += run(replace(setting, kv_dtype="int8"), chosen[1:], batch=6, block_size=16, threads=2)
     assert not failures, "\n".join(failures[:10])
 
 

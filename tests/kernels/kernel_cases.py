@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.poison import poison
 from tinyllm.backends.base import Backend, Batch, KVCacheSpec
 from weights import Tensor
 from weights.quants import FORMATS
@@ -54,13 +55,28 @@ def worst(actual: NDArray[np.float32], exact: F64) -> float:
 
 
 def rounded(x: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
-    """What the cache keeps of x."""
+    """What the cache keeps of x, whose vectors lie along its last axis."""
     if dtype == "f16":
         return x.astype(np.float16).astype(np.float32)
     if dtype == "bf16":
         bits = x.view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
+    if dtype == "int8":
+        codes, scales = int8_vectors(x)
+        return codes.astype(np.float32) * scales[..., None]
     return x
+
+
+def int8_vectors(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Codes (..., D) and scales (...) of vectors: the scale is max |x| / 127, rounded up to sixteen bits."""
+    amax = np.abs(x).max(-1)
+    fraction, exponent = np.frexp(amax / np.float32(127))
+    scale = np.ldexp(np.ceil(np.ldexp(fraction, 16)), exponent - 16).astype(np.float32)
+    scale = np.where(amax < 2.0**-100, np.float32(0), np.where(np.isfinite(amax), scale, np.float32(np.nan)))
+    codes = np.zeros(x.shape, np.int8)
+    some = scale > 0
+    codes[some] = np.rint(x[some] * (np.float32(1) / scale[some])[:, None])
+    return codes, scale
 
 
 @dataclass
@@ -101,8 +117,7 @@ class Sequences:
         )
         cache = backend.allocate_kv_cache(spec)
         layer = cache.layers[0]
-        for array in (layer.k, layer.v):
-            array[...] = 0x7FC0 if array.dtype == np.uint16 else np.nan
+        poison(layer)
         ids = rng.permutation(spec.num_blocks).astype(np.int32)
         tables = np.full((len(lengths), max(needed) + 2), 2**31 - 1, np.int32)
         for s, n in enumerate(needed):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from tests.kernels.kernel_cases import Sequences, rounded, worst
+from tests.kernels.kernel_cases import Sequences, int8_vectors, rounded, worst
+from tests.poison import poison
 from tinyllm.backends.base import KVCacheSpec
 from tinyllm.backends.cpu import CpuBackend
 from tinyllm.errors import ConfigError
 
+SCALE_LIMIT = np.float32(33026 * 2.0**106)  # 127 times the next number of sixteen bits overflows
 LENGTHS = [1, 15, 16, 17, 63, 65, 255, 256, 257, 1000]
 
 CASES = [  # heads, kv heads, head dim, block size, dtype, window, softcap
@@ -22,6 +26,10 @@ CASES = [  # heads, kv heads, head dim, block size, dtype, window, softcap
     (6, 2, 24, 64, "f16", 300, 30.0),
     (40, 1, 16, 16, "bf16", None, 2.0),
     (6, 2, 64, 48, "f32", 100, 0.0),
+    (9, 3, 64, 16, "int8", None, 0.0),
+    (8, 1, 20, 48, "int8", 70, 30.0),
+    (4, 4, 128, 64, "int8", 300, 0.0),
+    (40, 1, 8, 32, "int8", None, 2.0),
 ]
 
 
@@ -48,7 +56,7 @@ def _attend(sequences, spans, tables, cache):
 
 
 @pytest.mark.parametrize("window", [None, 1, 33, 64, 300])
-@pytest.mark.parametrize(("heads", "kv_heads", "dtype"), [(3, 1, "f32"), (2, 2, "f16"), (8, 2, "bf16")])
+@pytest.mark.parametrize(("heads", "kv_heads", "dtype"), [(3, 1, "f32"), (2, 2, "f16"), (8, 2, "bf16"), (3, 1, "int8")])
 def test_same_bits_however_it_is_cut(window, heads, kv_heads, dtype, cpu, single, rng):
     lengths = [600, 37, 300]
     sequences = Sequences.random(rng, lengths, heads, kv_heads, 24)
@@ -81,22 +89,24 @@ def test_same_bits_however_it_is_cut(window, heads, kv_heads, dtype, cpu, single
             check(spans, attend(spans, backend))
 
 
+@pytest.mark.parametrize("dtype", ["f32", "int8"])
 @pytest.mark.parametrize("block_size", [32, 48, 64, 256])
-def test_same_bits_for_every_block_size(block_size, cpu, rng):
+def test_same_bits_for_every_block_size(block_size, dtype, cpu, rng):
     sequences = Sequences.random(rng, [600, 37], 6, 2, 40)
     spans = [(0, 0, 600), (1, 20, 37)]
     results = []
     for size in (16, block_size):
-        cache, tables = sequences.fill(cpu, size, "f32", rng)
+        cache, tables = sequences.fill(cpu, size, dtype, rng)
         results.append(cpu.paged_attention(*_attend(sequences, spans, tables, cache), scale=0.3, window=90))
     assert np.array_equal(results[0][0], results[1][0])
     assert np.array_equal(results[0][1], results[1][1])
 
 
-def test_blocks_before_the_window_are_not_read(cpu, rng):
+@pytest.mark.parametrize("dtype", ["f32", "int8"])
+def test_blocks_before_the_window_are_not_read(dtype, cpu, rng):
     """A freed block's entry may be anything: reading at it would end the process."""
     sequences = Sequences.random(rng, [700], 3, 1, 32)
-    cache, tables = sequences.fill(cpu, 16, "f32", rng)
+    cache, tables = sequences.fill(cpu, 16, dtype, rng)
     for spans in ([(0, 690, 700)], [(0, 699, 700)]):
         args = _attend(sequences, spans, tables, cache)
         expected = cpu.paged_attention(*args, scale=0.3, window=40)
@@ -107,13 +117,14 @@ def test_blocks_before_the_window_are_not_read(cpu, rng):
         assert np.isfinite(result[0]).all()
 
 
-def test_a_later_token_cannot_reach_an_earlier_one(cpu, rng):
+@pytest.mark.parametrize("dtype", ["f32", "int8"])
+def test_a_later_token_cannot_reach_an_earlier_one(dtype, cpu, rng):
     """NaN and infinity at position 20 leave positions 0 to 19 as they were, in one call."""
     sequences = Sequences.random(rng, [64], 4, 2, 32)
-    cache, tables = sequences.fill(cpu, 16, "f32", rng)
+    cache, tables = sequences.fill(cpu, 16, dtype, rng)
     clean, _ = cpu.paged_attention(*_attend(sequences, [(0, 0, 64)], tables, cache), scale=0.3)
     sequences.keys[0][20, 0], sequences.values[0][20, 0] = np.nan, np.inf
-    cache, tables = sequences.fill(cpu, 16, "f32", rng)
+    cache, tables = sequences.fill(cpu, 16, dtype, rng)
     result, _ = cpu.paged_attention(*_attend(sequences, [(0, 0, 64)], tables, cache), scale=0.3)
     assert np.array_equal(result[:20], clean[:20])
     assert np.isnan(result[20:, :2]).all()
@@ -157,14 +168,47 @@ def test_large_scores(cpu, rng):
     np.testing.assert_allclose(lse, expected[1], rtol=1e-5)
 
 
+def test_the_largest_sums_of_integers(cpu):
+    """All elements as large as they can be, of either sign: nothing overflows."""
+    for head_dim, sign in ((512, 1), (512, -1), (16, 1)):
+        ones = np.ones((130, 1, head_dim), np.float32)
+        sequences = Sequences([ones * 127], [ones * 127 * sign], [ones * np.float32(126.9999) * sign])
+        cache, tables = sequences.fill(cpu, 16, "int8", np.random.default_rng(1))
+        for spans in ([(0, 0, 130)], [(0, 129, 130)]):
+            out, lse = cpu.paged_attention(*_attend(sequences, spans, tables, cache), scale=1e-6)
+            np.testing.assert_allclose(out, 127 * sign, rtol=1e-6)
+            keys = np.arange(spans[0][1], 130) + 1
+            score = 1e-6 * 127 * 126.9999 * head_dim * sign
+            np.testing.assert_allclose(lse[:, 0], score + np.log(keys), rtol=1e-5)
+
+
 # ---- the cache
 
 
 def stored(layer):
-    """k, v as (NB, BS, KH, D)."""
-    blocks, kv_heads, tiles, head_dim, lanes = layer.k.shape
-    k = layer.k.transpose(0, 2, 4, 1, 3).reshape(blocks, tiles * lanes, kv_heads, head_dim)
-    return k, layer.v.transpose(0, 2, 1, 3)[..., :head_dim]
+    """k, v as (NB, BS, KH, D), and in int8 their scales (NB, BS, KH)."""
+    k, v, scales = layer.k, layer.v, ()
+    if layer.dtype == "int8":  # a tile's, a block's bytes in fours, and then its scales
+        n, padded = 16 * layer.head_dim, -(-layer.head_dim // 16) * 16
+        k, k_scales = k[..., :n] ^ np.int8(-128), k[..., n:].copy().view(np.float32)
+        k = k.reshape(*k.shape[:3], -1, 16, 4).swapaxes(-1, -2).reshape(*k.shape[:3], -1, 16)
+        n = layer.block_size * padded
+        v, v_scales = v[..., :n], v[..., n:].copy().view(np.float32)
+        v = v.reshape(*v.shape[:2], -1, padded, 4).swapaxes(-1, -2).reshape(*v.shape[:2], -1, padded)
+        k_scales = k_scales.reshape(*k_scales.shape[:2], -1)
+        scales = k_scales.transpose(0, 2, 1), v_scales.transpose(0, 2, 1)
+    blocks, kv_heads, tiles, head_dim, lanes = k.shape
+    k = k.transpose(0, 2, 4, 1, 3).reshape(blocks, tiles * lanes, kv_heads, head_dim)
+    return k, v.transpose(0, 2, 1, 3)[..., :head_dim], *scales
+
+
+def vectors(rng, shape):
+    """Vectors of many magnitudes, some of them zero or not finite."""
+    x = (rng.standard_normal(shape) * np.exp(rng.uniform(-75, 80, (*shape[:-1], 1)))).astype(np.float32)
+    x[::2] = rng.standard_normal(x[::2].shape)
+    x[1, 0], x[2, 1, -1], x[3, 2, 0], x[4], x[5, 0, 1] = 0, np.nan, np.inf, 1e-31, -0.0
+    x[6, 1, 2], x[7, 0] = np.finfo(np.float32).max, np.finfo(np.float32).max
+    return x
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
@@ -185,6 +229,41 @@ def test_write_kv_stores_what_the_reference_stores(dtype, head_dim, cpu, single,
         backend.write_kv(k, v, layer, slots)
         for ours, theirs in zip(stored(layer), (expected.k, expected.v), strict=True):
             assert np.array_equal(ours, theirs, equal_nan=dtype != "bf16")
+
+
+@pytest.mark.parametrize("head_dim", [8, 20, 64])
+def test_int8_vectors_in_the_cache(head_dim, cpu, single, reference, rng):
+    """Codes and scales are those of the definition; what was read is stored with the same bits; NaN stays NaN."""
+    spec = KVCacheSpec(num_layers=1, num_blocks=5, block_size=32, num_kv_heads=3, head_dim=head_dim, dtype="int8")
+    fused = vectors(rng, (100, 7, head_dim))
+    k, v = fused[:, :3], fused[:, 3:6]
+    slots = rng.permutation(160)[:100].astype(np.int32)
+    parts = []
+    for x in (k, v):
+        largest = np.abs(x).max(-1) > 1e38  # their scale is rounded down
+        codes, scales = int8_vectors(np.where(largest[..., None], x / 4, x))
+        parts += [codes, np.where(largest, np.minimum(scales, SCALE_LIMIT / 4) * 4, scales)]
+    for backend in (cpu, single, reference):
+        layer = backend.allocate_kv_cache(spec).layers[0]
+        poison(layer)
+        backend.write_kv(k, v, layer, slots)
+        is_cpu = backend is not reference
+        arrays = stored(layer) if is_cpu else (layer.k, layer.v, layer.k_scales, layer.v_scales)
+        for i, part in enumerate(parts):
+            found = arrays[i // 2 + 2 * (i % 2)][slots // 32, slots % 32]
+            np.testing.assert_array_equal(found, part)
+            assert not np.isfinite(arrays[2 + i // 2]).all()  # those of slots that were not written
+        found = backend.read_kv(layer, slots)
+        for read, codes, scales, x in zip(found, parts[::2], parts[1::2], (k, v), strict=True):
+            np.testing.assert_array_equal(read, codes * scales[..., None])
+            assert np.isnan(read[~np.isfinite(x).all(-1)]).all()
+            usable = scales > 0
+            assert (np.abs(read - x)[usable] <= 0.5001 * scales[usable][:, None]).all()
+        before = [array.tobytes() for array in vars(layer).values() if isinstance(array, np.ndarray)]
+        backend.write_kv(*found, layer, slots)
+        assert [array.tobytes() for array in vars(layer).values() if isinstance(array, np.ndarray)] == before
+        again = backend.read_kv(layer, slots[::-7])
+        assert all(a.tobytes() == b[::-7].tobytes() for a, b in zip(again, found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
@@ -213,6 +292,22 @@ def test_read_kv_gives_what_was_written(dtype, head_dim, cpu, reference, rng):
         assert backend.read_kv(layer, slots[:0])[0].shape == (0, 3, head_dim)
 
 
+def test_copied_blocks_have_their_scales(cpu, reference, rng):
+    spec = KVCacheSpec(num_layers=2, num_blocks=4, block_size=16, num_kv_heads=2, head_dim=24, dtype="int8")
+    k, v = rng.standard_normal((2, 16, 2, 24)).astype(np.float32)
+    slots = np.arange(16, dtype=np.int32)
+    for backend in (cpu, reference):
+        cache = backend.allocate_kv_cache(spec)
+        for layer in cache.layers:
+            backend.write_kv(k, v, layer, slots + 16)
+        backend.copy_blocks(cache, np.array([[1, 3], [3, 0]], np.int32))
+        for layer in cache.layers:
+            wanted = backend.read_kv(layer, slots + 16)
+            for block in (3, 0):
+                found = backend.read_kv(layer, slots + 16 * block)
+                assert all(a.tobytes() == b.tobytes() for a, b in zip(found, wanted, strict=True))
+
+
 def test_copy_blocks_in_order(cpu, rng):
     spec = KVCacheSpec(num_layers=2, num_blocks=4, block_size=16, num_kv_heads=1, head_dim=8, dtype="f32")
     cache = cpu.allocate_kv_cache(spec)
@@ -229,6 +324,10 @@ def test_copy_blocks_in_order(cpu, rng):
 def test_cache_sizes(cpu):
     spec = KVCacheSpec(num_layers=3, num_blocks=7, block_size=32, num_kv_heads=2, head_dim=20, dtype="f16")
     assert cpu.kv_cache_nbytes(spec) == cpu.allocate_kv_cache(spec).nbytes == 3 * 7 * 32 * 2 * (20 + 32) * 2
+    int8 = replace(spec, dtype="int8")
+    assert cpu.kv_cache_nbytes(int8) == cpu.allocate_kv_cache(int8).nbytes == 3 * 7 * 32 * 2 * (20 + 4 + 32 + 4)
+    with pytest.raises(ConfigError, match="heads of size 516 in int8: the cpu backend takes at most 512"):
+        cpu.kv_cache_nbytes(replace(int8, head_dim=516))
     bad = KVCacheSpec(num_layers=1, num_blocks=1, block_size=24, num_kv_heads=1, head_dim=8, dtype="f32")
     for method in (cpu.allocate_kv_cache, cpu.kv_cache_nbytes):
         with pytest.raises(ConfigError, match="multiple of 16"):

@@ -96,6 +96,7 @@ SHAPES = [  # heads, kv heads, head dim, block size, dtype, softcap
     (2, 2, 64, 32, "f16", 5.0),
     (6, 2, 40, 16, "bf16", 0.0),
     (40, 1, 16, 48, "f32", 2.0),
+    (6, 2, 20, 32, "int8", 5.0),
 ]
 
 
@@ -125,7 +126,7 @@ def test_as_exact_as_the_reference(heads, kv_heads, head_dim, block_size, dtype,
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("heads", "kv_heads", "dtype"), [(3, 1, "f32"), (8, 2, "bf16")])
+@pytest.mark.parametrize(("heads", "kv_heads", "dtype"), [(3, 1, "f32"), (8, 2, "bf16"), (3, 1, "int8")])
 def test_same_bits_however_it_is_cut(mask, heads, kv_heads, dtype, cpu, single, rng):
     n = 600
     streams = Streams.random(rng, cpu, [n], [mask], heads=heads, kv_heads=kv_heads, dtype=dtype)
@@ -217,14 +218,15 @@ def test_no_sinks_need_no_second_query(cpu, reference):
             sinks.attend(backend, spans, sink_q=None)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "int8"])
 @pytest.mark.parametrize("mask", [(4, 60), (0, 60), (16, 200), (17, 1), (256, 32)])
-def test_what_lies_between_is_not_read(mask, cpu, single, rng):
+def test_what_lies_between_is_not_read(mask, dtype, cpu, single, rng):
     """A freed block's entry may be anything: reading at it would end the process.
 
     Keys of a block that holds visible ones too are never multiplied.
     """
     sinks = mask[0]
-    streams = Streams.random(rng, cpu, [700], [mask])
+    streams = Streams.random(rng, cpu, [700], [mask], dtype=dtype)
     for span in ([(0, 690, 700)], [(0, 699, 700)], [(0, 600, 700)]):
         first = span[0][1]
         for backend in (cpu, single):
@@ -232,7 +234,7 @@ def test_what_lies_between_is_not_read(mask, cpu, single, rng):
             between = slice(sinks, streams.lowest(0, first))
             torn = Sequences(*([a[0].copy()] for a in vars(streams.sequences).values()))
             torn.keys[0][between], torn.values[0][between] = np.nan, np.inf
-            cache, tables = torn.fill(cpu, 16, "f32", rng)
+            cache, tables = torn.fill(cpu, 16, dtype, rng)
             result = replace(streams, cache=cache, tables=tables).attend(backend, span, freed_entry=-(2**31))
             assert np.isfinite(result[0]).all()
             assert all(a.tobytes() == b.tobytes() for a, b in zip(result, expected, strict=True))

@@ -82,6 +82,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "--plot", "picture.bmp"], "--plot"),
         (["plan", "--kv-dtype", "f8"], "--kv-dtype"),
         (["plan", "--activations", "int4"], "--activations must be one of f32, int8"),
+        (
+            ["plan", "--model", "tales-4m", "--kv-dtype", "fp8", "--device", "cpu"],
+            "--kv-dtype fp8 is for GPUs; the device is cpu",
+        ),
         (["plan", "--activations", "int8", "--device", "reference"], "--activations int8 is for the CPU"),
         (["plan", "--block-size", "0"], "--block-size"),
         (["plan", "--num-blocks", "-3"], "--num-blocks"),

@@ -48,11 +48,12 @@ def test_a_step_reads_and_multiplies_what_the_model_holds(name: str) -> None:
     assert multiply_adds(llm.config, [0, 0, 0]) == 3 * sum(matrices)
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8"])
 def test_keys_and_values_are_read_for_every_sequence(kv_dtype: str) -> None:
     llm = LLM("tales-4m", device="cpu", num_blocks=8, kv_dtype=kv_dtype)  # heads that need no padding
     c, plan = llm.config, llm.memory
-    per_token = 2 * c.num_layers * c.num_kv_heads * c.head_dim * (4 if kv_dtype == "f32" else 2)
+    vector = {"f32": 4 * c.head_dim, "f16": 2 * c.head_dim, "int8": c.head_dim + 4}[kv_dtype]
+    per_token = 2 * c.num_layers * c.num_kv_heads * vector
     assert plan.kv_nbytes_per_token == per_token
     assert step_nbytes(llm, [5, 12]) == step_weights_nbytes(llm) + 17 * per_token
     attention = multiply_adds(c, [5, 12]) - multiply_adds(c, [0, 0])

@@ -35,8 +35,8 @@ def plan_of(name: str, engine: EngineConfig, backend: Backend | None = None) -> 
 @pytest.mark.parametrize(
     ("device", "kv_dtype", "block_size", "max_batch_tokens"),
     [
-        *[("reference", "f32", 16, 512), ("reference", "bf16", 7, 33)],
-        *[("cpu", "f32", 16, 512), ("cpu", "f16", 48, 33), ("cpu int8", "auto", 16, 512)],
+        *[("reference", "f32", 16, 512), ("reference", "bf16", 7, 33), ("reference", "int8", 7, 33)],
+        *[("cpu", "f32", 16, 512), ("cpu", "f16", 48, 33), ("cpu", "int8", 32, 33), ("cpu int8", "auto", 16, 512)],
     ],
 )
 def test_the_plan_is_exact(name: str, device: str, kv_dtype: str, block_size: int, max_batch_tokens: int) -> None:
@@ -65,6 +65,23 @@ def test_the_plan_is_exact(name: str, device: str, kv_dtype: str, block_size: in
     assert plan.num_tokens == 5 * block_size
     assert plan.kv_cache_nbytes == plan.kv_nbytes_per_token * plan.num_tokens
     assert sum(plan.shares().values()) == plan.total_nbytes
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_a_cache_that_the_device_has_not_is_a_config_error(device: str) -> None:
+    engine = EngineConfig(kv_dtype="fp8", device=device)
+    with pytest.raises(ConfigError, match=f"^kv_dtype fp8 is for GPUs; the device is {device}$"):
+        plan_of("llama.gguf", engine, backend_for(engine))
+
+
+def test_int8_takes_a_quarter_of_f32_and_its_scales() -> None:
+    f32, int8 = (
+        plan_of("llama.gguf", EngineConfig(num_blocks=10, kv_dtype=dtype, device="cpu")) for dtype in ("f32", "int8")
+    )
+    spec = int8.kv_cache_spec
+    scales = 2 * 4 * spec.num_layers * spec.num_kv_heads
+    assert f32.kv_nbytes_per_token % 4 == 0
+    assert int8.kv_nbytes_per_token == f32.kv_nbytes_per_token // 4 + scales
 
 
 def test_more_blocks_than_memory_is_a_config_error() -> None:

@@ -259,7 +259,7 @@ class CpuBackend(CpuLinear, CpuFlashAttention, CpuSampling, HostBackend):
         assert slot_mapping.strides[0] == 4
         self._run(
             write_kernel(layer.dtype), T, 4 * T * KH * D, address(k), k.strides[0], k.strides[1], address(v),
-            v.strides[0], v.strides[1], KH, D, layer.v.shape[3], layer.k_address, layer.v_address, layer.block_size,
+            v.strides[0], v.strides[1], KH, D, -(-D // 16) * 16, layer.k_address, layer.v_address, layer.block_size,
             address(slot_mapping),
         )  # fmt: skip
 

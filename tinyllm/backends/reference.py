@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tinyllm.backends.base import NO_WINDOW, SPLIT_KEYS, Batch, F32Array, I32Array, KVCacheSpec
 from tinyllm.backends.host import HostBackend
+from tinyllm.backends.int8_vectors import dequantized, quantized
 from tinyllm.errors import ConfigError
 from weights import Tensor
 
@@ -39,10 +41,19 @@ class DenseWeight:
 
 @dataclass(frozen=True)
 class KVLayer:
-    """One layer's cache: keys and values, (NB, BS, KH, D) each, stored in the cache's dtype."""
+    """One layer's cache: keys and values, (NB, BS, KH, D) each, stored in the cache's dtype.
+
+    int8 has scales (NB, BS, KH) besides; else they are None.
+    """
 
     k: NDArray[np.generic]
     v: NDArray[np.generic]
+    k_scales: F32Array | None = None
+    v_scales: F32Array | None = None
+
+    @property
+    def arrays(self) -> list[NDArray[np.generic]]:
+        return [array for array in (self.k, self.v, self.k_scales, self.v_scales) if array is not None]
 
 
 @dataclass(frozen=True)
@@ -52,10 +63,32 @@ class PagedKVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
+        return sum(array.nbytes for layer in self.layers for array in layer.arrays)
 
 
-_STORAGE: dict[str, type[np.generic]] = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
+_STORAGE: dict[str, type[np.generic]] = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "bf16": np.uint16,
+    "int8": np.int8,
+}
+
+
+def _storage(spec: KVCacheSpec) -> np.dtype[np.generic]:
+    if spec.dtype not in _STORAGE:
+        raise ConfigError(f"kv_dtype {spec.dtype} is for GPUs; the device is reference")
+    return np.dtype(_STORAGE[spec.dtype])
+
+
+def _store(x: F32Array, array: NDArray[np.generic], scales: F32Array | None, at: Any) -> None:
+    if scales is None:
+        array[at] = _to_storage(x, array.dtype)
+    else:
+        array[at], scales[at] = quantized(x)
+
+
+def _load(array: NDArray[np.generic], scales: F32Array | None, at: Any) -> F32Array:
+    return _from_storage(array[at]) if scales is None else dequantized(array[at].astype(np.int8), scales[at])
 
 
 def _to_storage(x: F32Array, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
@@ -110,17 +143,18 @@ class ReferenceBackend(HostBackend):
         return sum(4 * rows * columns for _, (rows, columns) in parts)
 
     def allocate_kv_cache(self, spec: KVCacheSpec) -> PagedKVCache:
-        shape = (spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
-        if spec.dtype not in _STORAGE:
-            raise ConfigError(f"the reference backend has no {spec.dtype} cache")
-        dtype = _STORAGE[spec.dtype]
-        return PagedKVCache(
-            spec, tuple(KVLayer(np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(spec.num_layers))
-        )
+        slots = (spec.num_blocks, spec.block_size, spec.num_kv_heads)
+        dtype = _storage(spec)
+
+        def layer() -> KVLayer:
+            k, v = (np.zeros((*slots, spec.head_dim), dtype) for _ in range(2))
+            return KVLayer(k, v, *(np.zeros(slots, np.float32) for _ in range(2 * (spec.dtype == "int8"))))
+
+        return PagedKVCache(spec, tuple(layer() for _ in range(spec.num_layers)))
 
     def kv_cache_nbytes(self, spec: KVCacheSpec) -> int:
-        slots = spec.num_blocks * spec.block_size
-        return 2 * spec.num_layers * slots * spec.num_kv_heads * spec.head_dim * np.dtype(_STORAGE[spec.dtype]).itemsize
+        vectors = 2 * spec.num_layers * spec.num_blocks * spec.block_size * spec.num_kv_heads
+        return vectors * (spec.head_dim * _storage(spec).itemsize + 4 * (spec.dtype == "int8"))
 
     def workspace_nbytes(
         self, max_tokens: int, max_in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int,
@@ -193,18 +227,19 @@ class ReferenceBackend(HostBackend):
 
     def write_kv(self, k: F32Array, v: F32Array, layer: KVLayer, slot_mapping: I32Array) -> None:
         blocks, offsets = np.divmod(slot_mapping, layer.k.shape[1])
-        layer.k[blocks, offsets] = _to_storage(k, layer.k.dtype)
-        layer.v[blocks, offsets] = _to_storage(v, layer.v.dtype)
+        _store(k, layer.k, layer.k_scales, (blocks, offsets))
+        _store(v, layer.v, layer.v_scales, (blocks, offsets))
 
     def copy_blocks(self, cache: PagedKVCache, pairs: I32Array) -> None:
         for src, dst in pairs:
             for layer in cache.layers:
-                layer.k[dst] = layer.k[src]
-                layer.v[dst] = layer.v[src]
+                for array in layer.arrays:
+                    array[dst] = array[src]
 
     def read_kv(self, layer: KVLayer, slots: I32Array) -> tuple[F32Array, F32Array]:
         blocks, offsets = np.divmod(slots, layer.k.shape[1])
-        return _from_storage(layer.k[blocks, offsets]), _from_storage(layer.v[blocks, offsets])
+        at = (blocks, offsets)
+        return _load(layer.k, layer.k_scales, at), _load(layer.v, layer.v_scales, at)
 
     def paged_attention(
         self,
@@ -240,7 +275,7 @@ class ReferenceBackend(HostBackend):
                     maximum, total, acc = f32(-np.inf), f32(0), np.zeros(D, np.float32)
                     for query, keys in parts:
                         at = (batch.block_tables[s, keys // block_size], keys % block_size, h // (H // KH))
-                        k, v = _from_storage(layer.k[at]), _from_storage(layer.v[at])  # (n, D)
+                        k, v = _load(layer.k, layer.k_scales, at), _load(layer.v, layer.v_scales, at)  # (n, D)
                         scores = f32(scale) * np.sum(k * np.ascontiguousarray(query[t, h]), axis=1)
                         if softcap:
                             scores = f32(softcap) * np.tanh(scores / f32(softcap))

@@ -19,7 +19,7 @@ class Snapshot:
     Attributes:
         fingerprint: names model, device and cache dtype by what they compute; another engine resumes bit for bit only
             if its own is the same.
-        kv_dtype: "f32", "f16" or "bf16"; keys and values are float32 numbers that this dtype holds exactly.
+        kv_dtype: one of tinyllm.config.KV_DTYPES; keys and values are float32 numbers that the cache holds exactly.
         token_ids: (T,) int32, all tokens; those from num_computed_tokens on have no keys and values yet.
         positions: (P,) int32, ascending, where keys and values are held: 0 to num_computed_tokens - 1, without those
             that no later token will see.

@@ -5,6 +5,12 @@ A layer's cache, for NB blocks of BS slots, KH heads and head dimension D (V's r
     K  (NB, KH, BS / 16, D, 16): tiles of sixteen keys, transposed: one load brings element d of sixteen keys
     V  (NB, KH, BS, D'): one load brings sixteen elements of a value
 
+int8 has a float32 scale for each key and value of a head, which lies inside the block. Four bytes
+that are multiplied together lie side by side (`attention_int8.py`); D is rounded up to a multiple of 4:
+
+    K  (NB, KH, BS / 16)   a tile | D / 4 x 16 x 4 bytes       | 16 float32 |   one load: four elements of sixteen keys
+    V  (NB, KH)           a block | BS / 4 x D' x 4 bytes         | BS float32 |   sixteen elements of four values
+
 The keys of a query at position p, from lowest(p) to p, are cut at absolute positions:
 
     part:   256 keys (a split), with its own maximum m, sum l and accumulator acc; merged in ascending order at its end
@@ -30,6 +36,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from tinyllm.backends.base import SPLIT_KEYS
+from tinyllm.backends.cpu_kernels.attention_int8 import int8_tiles
 from tinyllm.backends.cpu_kernels.attention_tiles import ITEM_NBYTES, ROW_TILE, attention_tiles, staged_tiles
 from tinyllm.backends.cpu_kernels.jit import Kernel, device
 from tinyllm.backends.cpu_kernels.online_softmax import TILE_KEYS, exponentiate, find_maximum, start_row
@@ -70,7 +77,7 @@ def _padded_rows(heads_per_kv_head: int) -> int:
 def scratch_nbytes(heads_per_kv_head: int, head_dim: int) -> int:
     """Bytes that a worker needs, as `scratch_parts` divides them."""
     padded = -(-head_dim // 16) * 16
-    per_row = 128 + 4 * (TILE_KEYS + 2 * padded + head_dim)
+    per_row = 128 + 4 * (TILE_KEYS + 2 * padded) + 4 * padded + 16
     tiles = 4 * TILE_KEYS * (head_dim + padded)
     return -(-(_padded_rows(heads_per_kv_head) * per_row + tiles) // 64) * 64
 
@@ -93,7 +100,7 @@ def _scratch_parts(scratch: int, heads: int, head_dim: int) -> tuple[int, int, i
     accs = scores + 4 * TILE_KEYS * rows
     total_accs = accs + 4 * padded * rows
     q = total_accs + 4 * padded * rows
-    return scratch, scores, accs, total_accs, q, q + 4 * head_dim * rows
+    return scratch, scores, accs, total_accs, q, q + (4 * padded + 16) * rows
 
 
 @device
@@ -164,9 +171,12 @@ class AttentionKernels:
 
 @cache
 def attention_kernels(dtype: str) -> AttentionKernels:
-    item = ITEM_NBYTES[dtype]
-    tiles = attention_tiles(dtype)
-    scores_of, accumulate, fetch, stage = tiles.scores, tiles.values, tiles.fetch, tiles.stage
+    is_int8 = dtype == "int8"
+    int8, tiles = int8_tiles(), attention_tiles("f32" if is_int8 else dtype)
+    fetch = int8.fetch if is_int8 else tiles.fetch
+    scores_of, accumulate, stage = int8.scores if is_int8 else tiles.scores, tiles.values, tiles.stage
+    quantise_query, weigh, int8_values = int8.quantise_query, int8.weigh, int8.values
+    item = ITEM_NBYTES.get(dtype, 1)
     staged = staged_tiles()
     staged_scores_of, staged_accumulate = staged.scores, staged.values
 
@@ -191,7 +201,8 @@ def attention_kernels(dtype: str) -> AttentionKernels:
         padded = (head_dim + 15) // 16 * 16
         states, all_scores, accs, _, q, tile_keys = _scratch_parts(scratch, heads, head_dim)
         tile_values = tile_keys + 4 * TILE_KEYS * head_dim
-        is_staged = rows > ROW_TILE  # several tiles of rows meet each tile of keys
+        is_staged = rows > ROW_TILE and not is_int8  # several tiles of rows meet each tile of keys
+        query_nbytes = 3 * padded + 16 if is_int8 else 4 * head_dim
         for r in range(rows):
             start_row(states + 128 * r)
             for d in range(0, padded, 16):
@@ -213,7 +224,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                 first = max(tile, _lowest_key(lowest_position, window, sinks))
                 end = min(end_of_tile, highest_position + 1)
                 row_scores, key = all_scores + 4 * r0 * TILE_KEYS, first // 16 * 16
-                q_rows = q + 4 * r0 * head_dim
+                q_rows = q + r0 * query_nbytes
                 while key < end:
                     place = row_scores + 4 * (key - tile)
                     if is_staged:
@@ -239,7 +250,18 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                 lowest_position, highest_position = position + r0 // heads, position + (r0 + n - 1) // heads
                 first = max(tile, _lowest_key(lowest_position, window, sinks))
                 end = min(end_of_tile, highest_position + 1)
-                probs, acc = all_scores + 4 * (r0 * TILE_KEYS - tile), accs + 4 * r0 * padded
+                acc = accs + 4 * r0 * padded
+                if is_int8:
+                    int8_probs = all_scores + 4 * r0 * TILE_KEYS
+                    for r in range(n):
+                        row_first, row_end = _seen(position + (r0 + r) // heads, tile, end_of_tile, window, sinks)
+                        row = int8_probs + 4 * r * TILE_KEYS
+                        weigh(row, tile, row_first, row_end, v, v_block_stride, table, block_size, padded)
+                    int8_values(
+                        n, int8_probs, tile, first, end, v, v_block_stride, table, block_size, acc, padded
+                    )  # fmt: skip
+                    continue
+                probs = all_scores + 4 * (r0 * TILE_KEYS - tile)
                 # keys that all of the rows see: the others' probabilities must not meet V, which may be NaN
                 shared_first = max(first, _lowest_key(highest_position, window, sinks))
                 shared_end = min(end, lowest_position + 1)
@@ -274,6 +296,8 @@ def attention_kernels(dtype: str) -> AttentionKernels:
     ) -> None:  # fmt: skip
         padded = (head_dim + 15) // 16 * 16
         k_head_stride, v_head_stride = block_size * head_dim * item, block_size * padded * item
+        if is_int8:
+            k_head_stride, v_head_stride = block_size * ((head_dim + 3) // 4 * 4 + 4), block_size * (padded + 4)
         states, _, accs, total_accs, scratch_q, _ = _scratch_parts(scratch + worker * scratch_stride, heads, head_dim)
         tiles = (load_i32(cu_seqlens_q + 4 * sequences) - sequences) // tile_tokens + sequences
         for task in range(begin, end):
@@ -316,8 +340,12 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                     for r in range(rows):
                         t, head = first + skipped + r // heads, h * heads + r % heads
                         row_q = source + t * source_stride + head * source_head_stride
-                        place = scratch_q + 4 * (r // ROW_TILE * ROW_TILE * head_dim + r % ROW_TILE)
-                        scatter_floats(row_q, place, head_dim, 4 * ROW_TILE)
+                        if is_int8:
+                            tile_q = scratch_q + r // ROW_TILE * ROW_TILE * (3 * padded + 16)
+                            quantise_query(row_q, head_dim, tile_q, r % ROW_TILE)
+                        else:
+                            place = scratch_q + 4 * (r // ROW_TILE * ROW_TILE * head_dim + r % ROW_TILE)
+                            scatter_floats(row_q, place, head_dim, 4 * ROW_TILE)
                 attend_part(
                     first_key, end_key, rows, heads, position + skipped, part_window, part_sinks, scale, cap, head_dim,
                     k + h * k_head_stride, v + h * v_head_stride, kv_heads * k_head_stride, kv_heads * v_head_stride,

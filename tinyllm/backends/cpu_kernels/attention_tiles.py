@@ -37,7 +37,10 @@ from tinyllm.backends.cpu_kernels.simd import (
     pointer,
 )
 
-__all__ = ["ITEM_NBYTES", "ROW_TILE", "AttentionTiles", "StagedTiles", "attention_tiles", "staged_tiles"]
+__all__ = [
+    "ITEM_NBYTES", "ROW_TILE", "AttentionTiles", "StagedTiles", "attention_tiles", "by_rows", "prefetch_lines",
+    "staged_tiles", "unrolled",
+]  # fmt: skip
 
 _WIDE = host_cpu().has("avx512f")  # 32 registers of sixteen lanes
 ROW_TILE = 8 if _WIDE else 4  # the most rows that share loads of K and V
@@ -64,7 +67,7 @@ def _multiply(b: Builder, accs: list[Value], lanes: list[Value], factors: Value,
     return [emit_fma(b, lane, factor, acc) for (factor, lane), acc in zip(places, accs, strict=True)]
 
 
-def _unrolled(b: Builder, n: Value, accs: list[Value], one: Callable[[Value, list[Value]], list[Value]]) -> list[Value]:
+def unrolled(b: Builder, n: Value, accs: list[Value], one: Callable[[Value, list[Value]], list[Value]]) -> list[Value]:
     """accs after one(i, accs) for i in range(n)."""
 
     def several(i: Value, accs: list[Value]) -> list[Value]:
@@ -92,7 +95,7 @@ def _score_tile(rows: int, key_tiles: int, dtype: str) -> Callable[..., None]:
             lanes = [emit_load_values(b, b.add(tile, at), dtype) for tile in tiles]
             return _multiply(b, accs, lanes, b.add(q, b.mul(d, const(4 * ROW_TILE))), rows, 4)
 
-        accs = _unrolled(b, head_dim, [const_vec(VF, 0.0)] * (rows * key_tiles), one)
+        accs = unrolled(b, head_dim, [const_vec(VF, 0.0)] * (rows * key_tiles), one)
         for index, acc in enumerate(accs):
             offset = 4 * TILE_KEYS * (index // key_tiles) + 64 * (index % key_tiles)
             b.store(acc, pointer(b, scores, VF, offset), align=4)
@@ -112,7 +115,7 @@ def _sum_keys(
         lanes = [emit_load_values(b, at, dtype, 16 * i * ITEM_NBYTES[dtype]) for i in range(vectors)]
         return _multiply(b, accs, lanes, b.add(probs, b.mul(j, const(4))), rows, 4 * TILE_KEYS)
 
-    return _unrolled(b, n, accs, one_key)
+    return unrolled(b, n, accs, one_key)
 
 
 def _places(b: Builder, rows: int, vectors: int, acc: Value, acc_stride: Value) -> list[Value]:
@@ -200,7 +203,7 @@ def prefetch_lines(b: Builder, address: Value, nbytes: Value) -> None:
     emit_loop(b, const(0), nbytes, CACHE_LINE, [], one)
 
 
-def _by_rows(tiles: list[Callable[..., None]]) -> Callable[..., None]:
+def by_rows(tiles: list[Callable[..., None]]) -> Callable[..., None]:
     """(rows, *arguments): the first of _TILE_ROWS' tiles that has as many; results have room for its rows."""
     one, two, three, four, most = tiles
 
@@ -256,10 +259,10 @@ class StagedTiles:
 @cache
 def attention_tiles(dtype: str) -> AttentionTiles:
     item = ITEM_NBYTES[dtype]
-    single_scores = _by_rows([_score_tile(rows, 1, dtype) for rows in _TILE_ROWS])
-    pair_scores = _by_rows([_score_tile(rows, 2, dtype) for rows in _TILE_ROWS]) if _PAIRS else single_scores
-    wide_values = _by_rows([_value_tile(rows, _vectors(rows), dtype) for rows in _TILE_ROWS])
-    narrow_values = _by_rows([_value_tile(rows, 1, dtype) for rows in _TILE_ROWS])
+    single_scores = by_rows([_score_tile(rows, 1, dtype) for rows in _TILE_ROWS])
+    pair_scores = by_rows([_score_tile(rows, 2, dtype) for rows in _TILE_ROWS]) if _PAIRS else single_scores
+    wide_values = by_rows([_value_tile(rows, _vectors(rows), dtype) for rows in _TILE_ROWS])
+    narrow_values = by_rows([_value_tile(rows, 1, dtype) for rows in _TILE_ROWS])
     few_rows_width, most_rows_width = 16 * _vectors(4), 16 * _vectors(ROW_TILE)
     one_row_width = 16 * _vectors(1)
     pairs = _PAIRS

@@ -53,11 +53,14 @@ from tinyllm.backends.cpu_kernels.simd import (
 __all__ = [
     "HALVES_NBYTES",
     "TILE_ROWS",
+    "power_of_two",
     "quantise_halves",
     "quantise_kernel",
+    "quantise_step",
     "record_nbytes",
     "row_nbytes",
     "scale_at",
+    "split",
     "tile_nbytes",
 ]
 
@@ -98,7 +101,7 @@ def _i32(value: int) -> Value:
     return ir.Constant(I32, value)
 
 
-def _power_of_two(b: Builder, top: Value) -> tuple[Value, Value]:
+def power_of_two(b: Builder, top: Value) -> tuple[Value, Value]:
     """2**e and 2**-e for three digits, from the bits of max |x|: 63.5 * 2**16 <= max |x| / 2**e < 127 * 2**16
 
     unless max |x| is next to nothing (less than 2**-103).
@@ -141,7 +144,7 @@ def _integers(b: Builder, x: Value, step: int, scales: Callable[[Builder, Value]
     return _Integers(values, b.select(finite, scale, ir.Constant(F32, float("nan"))))
 
 
-def _split(b: Builder, values: list[Value], bits: int, bias: int = 0) -> tuple[list[Value], list[Value]]:
+def split(b: Builder, values: list[Value], bits: int, bias: int = 0) -> tuple[list[Value], list[Value]]:
     """upper, lower with values = 2**bits * upper + lower, lower from -2**(bits - 1) - bias on."""
     half, shift = const_vec(V32, (1 << bits - 1) + bias), const_vec(V32, bits)
     upper = [b.ashr(b.add(X, half), shift) for X in values]
@@ -168,16 +171,16 @@ def _store_facts(
         b.store(b.mul(negative, digit_sum), pointer(b, address, I32, at + 8 + 4 * place), align=4)
 
 
-def _quantise_step(digits: int, step: int, has_offset: bool) -> Callable[..., None]:
-    """(x, offset, record)"""
+def quantise_step(digits: int, step: int, has_offset: bool) -> Callable[..., None]:
+    """(x, offset, record); the record may lie where x does."""
 
     @instruction(types.void, i64, i64, i64)
-    def quantise_step(b: Builder, x: Value, offset: Value, record: Value) -> None:
-        block = _integers(b, x, step, _power_of_two if digits == 3 else _to_127)
+    def quantise(b: Builder, x: Value, offset: Value, record: Value) -> None:
+        block = _integers(b, x, step, power_of_two if digits == 3 else _to_127)
         rest = block.values
         places: list[list[Value]] = []
         for _ in range(digits - 1):
-            rest, low = _split(b, rest, 8)
+            rest, low = split(b, rest, 8)
             places.insert(0, low)
         places.insert(0, rest)
         for place, values in enumerate(places):
@@ -185,7 +188,7 @@ def _quantise_step(digits: int, step: int, has_offset: bool) -> Callable[..., No
         sums = [_sum(b, values) for values in places] if has_offset else [_i32(0)] * digits
         _store_facts(b, record, scale_at(digits, step), block.scale, _sum(b, block.values), offset, sums)
 
-    return quantise_step
+    return quantise
 
 
 def _quantise_halves_step(has_offset: bool) -> Callable[..., None]:
@@ -193,10 +196,10 @@ def _quantise_halves_step(has_offset: bool) -> Callable[..., None]:
 
     @instruction(types.void, i64, i64, i64, i64)
     def quantise_step(b: Builder, x: Value, offset: Value, record: Value, facts: Value) -> None:
-        block = _integers(b, x, 32, _power_of_two)
-        halves = _split(b, block.values, 12, bias=8)  # else L0 could be 128
+        block = _integers(b, x, 32, power_of_two)
+        halves = split(b, block.values, 12, bias=8)  # else L0 could be 128
         for at, half in enumerate(halves):
-            for place, digit in enumerate(_split(b, half, 4)):
+            for place, digit in enumerate(split(b, half, 4)):
                 _store_bytes(b, digit, record, 64 * at + 32 * place)
         sums = [_sum(b, half) for half in halves] if has_offset else [_i32(0)] * 2
         _store_facts(b, facts, 0, block.scale, _sum(b, block.values), offset, sums)
@@ -210,7 +213,7 @@ def quantise_kernel(digits: int, step: int, has_offset: bool) -> Kernel:
 
     The record of block i of row r goes to out + r // 16 * tile_stride + r % 16 * row_stride + i * step_stride.
     """
-    quantise_step = _quantise_step(digits, step, has_offset)
+    one_step = quantise_step(digits, step, has_offset)
 
     def quantise(
         worker: int, begin: int, end: int, x: int, x_stride: int, steps: int, offset: int, out: int, tile_stride: int,
@@ -220,7 +223,7 @@ def quantise_kernel(digits: int, step: int, has_offset: bool) -> Kernel:
             tile, t = row // TILE_ROWS, row % TILE_ROWS
             record = out + tile * tile_stride + t * row_stride
             for i in range(max(begin - row * steps, 0), min(end - row * steps, steps)):
-                quantise_step(x + row * x_stride + 4 * step * i, offset, record + i * step_stride)
+                one_step(x + row * x_stride + 4 * step * i, offset, record + i * step_stride)
 
     return Kernel(f"digits.quantise-{digits}-{step}-{'offset' if has_offset else 'plain'}", quantise)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tinyllm.backends.base import F32Array, I32Array, KVCacheSpec
 from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.half import emit_half_of_float
+from tinyllm.backends.cpu_kernels.int8_vectors import inverse_of, scale_of, store_int8
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.memory import sparse_zeros
 from tinyllm.backends.cpu_kernels.simd import (
@@ -27,6 +28,7 @@ from tinyllm.backends.cpu_kernels.simd import (
     pointer,
     store_f32,
 )
+from tinyllm.backends.int8_vectors import dequantized
 from tinyllm.errors import ConfigError
 
 __all__ = ["KVLayer", "PagedKVCache", "allocate", "cache_nbytes", "read", "write_kernel"]
@@ -35,12 +37,20 @@ _STORAGE: dict[str, np.dtype[np.generic]] = {
     "f32": np.dtype(np.float32),
     "f16": np.dtype(np.float16),
     "bf16": np.dtype(np.uint16),
+    "int8": np.dtype(np.int8),
 }
+
+
+_MOST_IN_INT8 = 512  # the elements of a head whose products' sums are int32
 
 
 @dataclass(frozen=True)
 class KVLayer:
-    """One layer: k (NB, KH, BS / 16, D, 16) and v (NB, KH, BS, D'), D' = D rounded up to a multiple of 16."""
+    """One layer: k (NB, KH, BS / 16, D, 16) and v (NB, KH, BS, D'), D' = D rounded up to a multiple of 16.
+
+    In int8, where scales follow a tile's and a block's numbers: k (NB, KH, BS / 16, 16 D + 64), D rounded up to a
+    multiple of 4, and v (NB, KH, BS D' + 4 BS), in bytes.
+    """
 
     dtype: str
     block_size: int
@@ -61,12 +71,21 @@ class PagedKVCache:
         return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
 
 
+def _padded(head_dim: int, multiple: int = 16) -> int:
+    return -(-head_dim // multiple) * multiple
+
+
 def _shapes(spec: KVCacheSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if spec.dtype not in _STORAGE:
+        raise ConfigError(f"kv_dtype {spec.dtype} is for GPUs; the device is cpu")
     if spec.block_size % 16:
         raise ConfigError(f"block_size must be a multiple of 16 on the cpu backend, not {spec.block_size}")
-    k = (spec.num_blocks, spec.num_kv_heads, spec.block_size // 16, spec.head_dim, 16)
-    v = (spec.num_blocks, spec.num_kv_heads, spec.block_size, -(-spec.head_dim // 16) * 16)
-    return k, v
+    heads, tiles, padded = (spec.num_blocks, spec.num_kv_heads), spec.block_size // 16, _padded(spec.head_dim)
+    if spec.dtype == "int8":
+        if spec.head_dim > _MOST_IN_INT8:
+            raise ConfigError(f"heads of size {spec.head_dim} in int8: the cpu backend takes at most {_MOST_IN_INT8}")
+        return (*heads, tiles, 16 * (_padded(spec.head_dim, 4) + 4)), (*heads, spec.block_size * (padded + 4))
+    return (*heads, tiles, spec.head_dim, 16), (*heads, spec.block_size, padded)
 
 
 def cache_nbytes(spec: KVCacheSpec) -> int:
@@ -99,9 +118,25 @@ def _widened(stored: NDArray[np.generic], dtype: str) -> F32Array:
     return stored.astype(np.float32)
 
 
+def _read_int8(layer: KVLayer, blocks: I32Array, offsets: I32Array) -> tuple[F32Array, F32Array]:
+    (num_blocks, kv_heads, tiles, _), D = layer.k.shape, layer.head_dim
+    k_nbytes, v_nbytes = 16 * _padded(D, 4), layer.block_size * _padded(D)
+    k = layer.k[..., :k_nbytes].view(np.int8).reshape(num_blocks, kv_heads, tiles, -1, 16, 4)
+    v = layer.v[..., :v_nbytes].view(np.int8).reshape(num_blocks, kv_heads, layer.block_size // 4, -1, 4)
+    k_scales, v_scales = layer.k[..., k_nbytes:].view(np.float32), layer.v[..., v_nbytes:].view(np.float32)
+    keys = k[blocks, :, offsets // 16, :, offsets % 16].reshape(len(blocks), kv_heads, -1)[..., :D]
+    values = v[blocks, :, offsets // 4, :D, offsets % 4]
+    return (
+        dequantized(keys ^ np.int8(-128), k_scales[blocks, :, offsets // 16, offsets % 16]),
+        dequantized(values, v_scales[blocks, :, offsets]),
+    )
+
+
 def read(layer: KVLayer, slots: I32Array) -> tuple[F32Array, F32Array]:
     """The keys and values in slots (T,), (T, KH, D) each."""
     blocks, offsets = np.divmod(slots, layer.block_size)
+    if layer.dtype == "int8":
+        return _read_int8(layer, blocks, offsets)
     k = layer.k[blocks, :, offsets // 16, :, offsets % 16]
     v = layer.v[blocks, :, offsets, : layer.head_dim]
     return _widened(k, layer.dtype), _widened(v, layer.dtype)
@@ -126,6 +161,8 @@ def _store_bf16(b: Builder, address: Value, value: Value) -> None:
 @cache
 def write_kernel(dtype: str) -> Kernel:
     """A task is a token: its keys and values go to the slot that slot_mapping names."""
+    if dtype == "int8":
+        return _write_int8()
     item = 4 if dtype == "f32" else 2
     store_value = {"f32": store_f32, "f16": _store_f16, "bf16": _store_bf16}[dtype]
 
@@ -149,3 +186,35 @@ def write_kernel(dtype: str) -> Kernel:
                     store_value(target + item * d, load_f32(source + 4 * d))
 
     return Kernel(f"kv_cache.write_kv-{dtype}", write_kv)
+
+
+def _write_int8() -> Kernel:
+    def write_kv(
+        worker: int, begin: int, end: int, k: int, k_stride: int, k_head_stride: int, v: int, v_stride: int,
+        v_head_stride: int, kv_heads: int, head_dim: int, padded: int, keys: int, values: int, block_size: int,
+        slot_mapping: int,
+    ) -> None:  # fmt: skip
+        words = (head_dim + 3) // 4 * 4
+        for t in range(begin, end):
+            slot = load_i32(slot_mapping + 4 * t)
+            block, offset = slot // block_size, slot % block_size
+            for h in range(kv_heads):
+                head = (block * kv_heads + h) * block_size
+                source = k + t * k_stride + h * k_head_stride
+                scale = scale_of(source, head_dim)
+                inverse = inverse_of(scale)
+                target = keys + (head + offset // 16 * 16) * (words + 4)
+                store_f32(target + 16 * words + 4 * (offset % 16), scale)
+                target += offset % 16 * 4
+                for d in range(head_dim):
+                    store_int8(target + d // 4 * 64 + d % 4, load_f32(source + 4 * d), inverse, 128)
+                source = v + t * v_stride + h * v_head_stride
+                scale = scale_of(source, head_dim)
+                inverse = inverse_of(scale)
+                target = values + head * (padded + 4)
+                store_f32(target + block_size * padded + 4 * offset, scale)
+                target += offset // 4 * 4 * padded + offset % 4
+                for d in range(head_dim):
+                    store_int8(target + 4 * d, load_f32(source + 4 * d), inverse, 0)
+
+    return Kernel("kv_cache.write_kv-int8", write_kv)

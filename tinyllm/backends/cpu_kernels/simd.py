@@ -22,7 +22,7 @@ __all__ = [
     "copy_floats", "count_bits", "first_bit", "fma", "instruction", "iota_mask", "lane_max", "lane_sum", "load",
     "load_arguments", "load_f32", "load_f64", "load_first", "load_i32", "load_i64", "load_u8", "load_u16", "load_u32",
     "maximum", "pause", "scatter_floats", "splat", "sqrt", "sqrt_lanes", "store", "store_f32", "store_f64",
-    "store_first", "store_i64", "store_u8", "store_u16", "store_u32", "unordered", "zeros",
+    "store_first", "store_i64", "store_u8", "store_u16", "store_u32", "unordered", "vec", "zeros",
 ]  # fmt: skip
 
 LANES = 16
@@ -86,6 +86,11 @@ def emit_prefetch(b: Builder, address: Value) -> None:
 def emit_order(b: Builder) -> None:
     """Memory is not accessed across this place: LLVM would load ahead until it ran out of registers."""
     b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
+
+
+def emit_opaque(b: Builder, x: Value) -> Value:
+    """An int64 of which LLVM knows nothing: addresses at constant distances from it stay one register."""
+    return b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [x], False)
 
 
 def emit_splat(b: Builder, scalar: Value, kind: Any = VF) -> Value:
