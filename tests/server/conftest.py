@@ -16,7 +16,7 @@ BROWSER_ARGS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while Playwright runs, asyncio.run cannot
 def browser() -> Iterator[Any]:
     """Headless Chromium, if there is one: on the PATH, or where TINYLLM_CHROMIUM says."""
     api = pytest.importorskip("playwright.sync_api", reason="the page's tests need Playwright: pip install '.[test]'")
