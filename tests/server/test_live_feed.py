@@ -51,7 +51,31 @@ class Watching:
         assert self.feed.num_viewers == len(self.viewers)
 
 
-class WatchedEngineMachine(EngineMachine):
+class Viewers:
+    """Rules of a machine whose engine has viewers.
+
+    Attributes:
+        watching: the feed of its engine.
+    """
+
+    watching: Watching
+
+    @rule(max_messages=st.sampled_from([1, 2, 3, 100]))
+    def come(self, max_messages: int) -> None:
+        if len(self.watching.viewers) < 3:
+            self.watching.come(max_messages)
+            self._catch_up()
+
+    @precondition(lambda self: self.watching.viewers)
+    @rule(at=st.integers(0, 9))
+    def go(self, at: int) -> None:
+        self.watching.go(at)
+
+    def _catch_up(self) -> None:
+        raise NotImplementedError
+
+
+class WatchedEngineMachine(Viewers, EngineMachine):
     """The tiny engine in random use, each result compared with that of its request alone, with viewers besides."""
 
     preempt = None  # from outside it comes without an event
@@ -62,17 +86,6 @@ class WatchedEngineMachine(EngineMachine):
     def begin(self, num_blocks: int, budget: int, prefix_caching: bool) -> None:
         super().begin(num_blocks, budget, prefix_caching)
         self.watching = Watching(self.engine)
-
-    @rule(max_messages=st.sampled_from([1, 2, 100]))
-    def come(self, max_messages: int) -> None:
-        if len(self.watching.viewers) < 3:
-            self.watching.come(max_messages)
-            self._catch_up()
-
-    @precondition(lambda self: self.watching.viewers)
-    @rule(at=st.integers(0, 9))
-    def go(self, at: int) -> None:
-        self.watching.go(at)
 
     @rule(times=st.integers(1, 5), look=st.booleans())
     def step(self, times: int, look: bool) -> None:
@@ -146,7 +159,7 @@ class WatchedSimulation(Simulation):
         return output
 
 
-class WatchedSchedulerMachine(SchedulerMachine):
+class WatchedSchedulerMachine(Viewers, SchedulerMachine):
     """All block sizes, budgets and windows, with forks, copies, preemption, evictions and aborts."""
 
     preempt = None
@@ -157,17 +170,6 @@ class WatchedSchedulerMachine(SchedulerMachine):
     def begin(self, sizes: tuple[int, int], budget: int, seqs: int, prefix_caching: bool) -> None:
         self.simulation = WatchedSimulation(*sizes, budget, seqs, prefix_caching)
         self.watching = Watching(self.simulation)
-
-    @rule(max_messages=st.sampled_from([1, 3, 100]))
-    def come(self, max_messages: int) -> None:
-        if len(self.watching.viewers) < 3:
-            self.watching.come(max_messages)
-            self._catch_up()
-
-    @precondition(lambda self: self.watching.viewers)
-    @rule(at=st.integers(0, 9))
-    def go(self, at: int) -> None:
-        self.watching.go(at)
 
     @rule(times=st.integers(1, 6), look=st.booleans())
     def step(self, times: int, look: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol, cast
 
 import httptools
 
+from tinyllm.errors import reason
 from tinyllm.loadgen.errors import HTTPError
 from tinyllm.loadgen.url import ServerURL
 
@@ -206,6 +207,4 @@ class HTTPClient:
 
 def _reason(error: Exception) -> str:
     """Without the addresses that asyncio puts before what the system says."""
-    if isinstance(error, ConnectionRefusedError):
-        return "connection refused"
-    return getattr(error, "strerror", None) or str(error)
+    return "connection refused" if isinstance(error, ConnectionRefusedError) else reason(error)

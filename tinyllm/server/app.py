@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
+from tinyllm import __version__
 from tinyllm.errors import TinyLLMError
 from tinyllm.server.api.chat import chat_router
 from tinyllm.server.api.completions import completions_router
@@ -31,7 +31,6 @@ from tinyllm.server.service import Service
 
 __all__ = ["make_app"]
 
-_log = logging.getLogger("tinyllm.server")
 _REFUSALS = {
     400: "the request cannot be served",
     401: "no valid API key",
@@ -63,7 +62,7 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(
         title="tinyllm",
         description="An OpenAI-compatible server. The same request gives the same bits, whatever runs beside it.",
-        version=_version(),
+        version=__version__,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -80,12 +79,6 @@ def make_app(service: Service) -> FastAPI:
         app.add_middleware(KnownHost, names=service.config.allowed_hosts)
     app.add_middleware(SafeHeaders)
     return app
-
-
-def _version() -> str:
-    from tinyllm import __version__
-
-    return __version__
 
 
 def _add_docs(app: FastAPI) -> None:

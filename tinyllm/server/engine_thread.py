@@ -286,11 +286,16 @@ class EngineThread:
 
     def _end_all(self, error: ApiError) -> None:
         """Ends all jobs, for a fault of ours."""
-        parcels: dict[Submission, list[Delivery]] = {}
         for request_id, tracked in self._tracked.items():
             self._engine.abort(request_id)
             if not tracked.started:
                 self._num_waiting_down()
+        self._refuse_tracked(error)
+
+    def _refuse_tracked(self, error: ApiError) -> None:
+        """Forgets all jobs, and tells those who wait for them why."""
+        parcels: dict[Submission, list[Delivery]] = {}
+        for tracked in self._tracked.values():
             parcels.setdefault(tracked.submission, []).append(Delivery(tracked.index, error))
         self._tracked = {}
         _send(parcels)
@@ -304,13 +309,8 @@ class EngineThread:
         for action in actions:
             with suppress(Exception):  # an engine that has failed may fail again
                 action()
-        parcels: dict[Submission, list[Delivery]] = {}
-        for tracked in self._tracked.values():
-            refusal = unavailable("the server has stopped")
-            parcels.setdefault(tracked.submission, []).append(Delivery(tracked.index, refusal))
-        self._tracked = {}
         self._num_waiting = 0
-        _send(parcels)
+        self._refuse_tracked(unavailable("the server has stopped"))
 
     # ---- what is counted
 

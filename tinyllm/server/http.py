@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from tinyllm.outputs import RequestOutput, StreamChunk
 from tinyllm.server.errors import ApiError
 from tinyllm.server.submission import Submission
 
-__all__ = ["EventStream", "JsonResponse", "StreamWriter", "event", "outputs_or_gone"]
+__all__ = ["EventStream", "JsonResponse", "StreamWriter", "event", "outputs_or_gone", "when_gone"]
 
 
 class JsonResponse(Response):
@@ -59,7 +59,7 @@ class EventStream(Response):
         self._writer = writer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = _watch(receive, self._submission)
+        gone = when_gone(receive, self._submission.abort)
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await self._send_events(send)
@@ -93,7 +93,7 @@ async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
 
 async def outputs_or_gone(request: Request, submission: Submission) -> list[RequestOutput]:
     """The outputs of all jobs; when the client goes away meanwhile, they end. Raises ApiError."""
-    gone = _watch(request.receive, submission)
+    gone = when_gone(request.receive, submission.abort)
     try:
         return await submission.outputs()
     finally:
@@ -101,13 +101,13 @@ async def outputs_or_gone(request: Request, submission: Submission) -> list[Requ
         submission.abort()
 
 
-def _watch(receive: Receive, submission: Submission) -> asyncio.Task[None]:
-    """Ends the submission when the client disconnects."""
+def when_gone(receive: Receive, action: Callable[[], None]) -> asyncio.Task[None]:
+    """Does something when the client disconnects."""
 
     async def wait() -> None:
         with suppress(Exception):  # a connection that fails is one that has gone
             while (await receive())["type"] != "http.disconnect":
                 pass
-        submission.abort()
+        action()
 
     return asyncio.create_task(wait())

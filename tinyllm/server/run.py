@@ -30,7 +30,7 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         sock = socket.socket(family, socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"there is no address {host!r}: {_why(error)}") from None
+        raise ConfigError(f"there is no address {host!r}: {reason(error)}") from None
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
@@ -38,7 +38,7 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         sock.close()
         taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-        why = "another program listens there" if taken else _why(error)
+        why = "another program listens there" if taken else reason(error)
         raise ConfigError(f"cannot listen at {host} port {port}: {why}") from None
     return sock
 
@@ -102,7 +102,3 @@ class _Server(uvicorn.Server):
             self.should_exit = True
 
         self._draining = asyncio.ensure_future(drain())
-
-
-def _why(error: Exception) -> str:
-    return str(error) if isinstance(error, OverflowError) else reason(error)

@@ -58,12 +58,6 @@ class Service:
         self._text.shutdown(cancel_futures=True)
         self._grammars.shutdown(wait=False, cancel_futures=True)
 
-    @property
-    def max_prompt_tokens(self) -> int:
-        """The longest prompt that is served, windows aside."""
-        longest = self.llm.memory.max_sequence_len
-        return min(longest, self.config.max_prompt_tokens or longest)
-
     # ---- from a body to jobs
 
     def check_model(self, name: str | None) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from starlette.responses import Response
 
 from tinyllm.outputs import Logprob, RequestOutput, StreamChunk
 from tinyllm.sampling_params import SamplingParams
+from tinyllm.server.api.answer import ChunkEvents, answer_head
 from tinyllm.server.api.logprobs import chat_logprobs
 from tinyllm.server.api.requests import ChatRequest, Message
 from tinyllm.server.api.responses import STREAMED, ChatCompletion
@@ -20,7 +19,7 @@ from tinyllm.server.api.sampling import check_logprobs, sampling_params
 from tinyllm.server.api.usage import usage_of
 from tinyllm.server.auth import Caller
 from tinyllm.server.errors import invalid
-from tinyllm.server.http import EventStream, JsonResponse, event, outputs_or_gone
+from tinyllm.server.http import EventStream, JsonResponse, outputs_or_gone
 from tinyllm.server.service import Service
 
 __all__ = ["chat_router", "plain_messages"]
@@ -38,8 +37,7 @@ def chat_router(service: Service, caller: Callable[..., Awaitable[Caller]]) -> A
         submission = service.submit(await service.jobs([token_ids], params, name="messages"))
         answer = _Answer(service, params)
         if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(submission, _ChatStream(answer, params.n, include_usage=usage))
+            return EventStream(submission, _ChatStream(answer, params.n, body))
         (output,) = await outputs_or_gone(request, submission)
         return JsonResponse(answer.whole(output))
 
@@ -80,13 +78,7 @@ class _Answer:
         assert service.llm.tokenizer is not None, "a chat was encoded without a tokenizer"
         self._token_bytes = service.llm.tokenizer.token_bytes
         self._num_top = params.logprobs
-        self.head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": service.config.model_name,
-            "system_fingerprint": service.fingerprint,
-        }
+        self.head = answer_head(service, "chatcmpl", "chat.completion")
 
     def logprobs(self, entries: Sequence[Mapping[int, Logprob]] | None) -> dict[str, Any] | None:
         if entries is None or self._num_top is None:
@@ -110,32 +102,19 @@ class _Answer:
 class _ChatStream:
     """A StreamWriter: `chat.completion.chunk` objects."""
 
-    def __init__(self, answer: _Answer, n: int, *, include_usage: bool) -> None:
+    def __init__(self, answer: _Answer, n: int, body: ChatRequest) -> None:
         self._answer = answer
         self._n = n
-        self._include_usage = include_usage
-        head = json.dumps({**answer.head, "object": "chat.completion.chunk"})
-        self._head = head[:-1]  # the rest of the object follows
-        self._usage = ',"usage":null' if include_usage else ""
+        self._events = ChunkEvents({**answer.head, "object": "chat.completion.chunk"}, body)
+        self.end = self._events.end
 
     def begin(self) -> bytes:
-        return b"".join(
-            self._event(index, '{"role":"assistant","content":"","refusal":null}') for index in range(self._n)
-        )
+        delta = '"delta":{"role":"assistant","content":"","refusal":null}'
+        return b"".join(self._events.choice(index, delta) for index in range(self._n))
 
     def chunk(self, job: int, chunk: StreamChunk) -> bytes:
-        delta = json.dumps({"content": chunk.text}) if chunk.text else "{}"
-        reason = "null" if chunk.finish_reason is None else json.dumps(chunk.finish_reason)
-        logprobs = "null" if not chunk.logprobs else json.dumps(self._answer.logprobs(chunk.logprobs))
-        if not chunk.text and logprobs == reason == "null":
+        if not (chunk.text or chunk.logprobs or chunk.finish_reason):
             return b""  # a token that is only a part of a character
-        return self._event(chunk.index, delta, logprobs, reason)
-
-    def end(self, outputs: Mapping[int, RequestOutput]) -> bytes:
-        if not self._include_usage:
-            return b""
-        return event(f'{self._head},"choices":[],"usage":{json.dumps(usage_of(outputs.values()))}}}')
-
-    def _event(self, index: int, delta: str, logprobs: str = "null", reason: str = "null") -> bytes:
-        choice = f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{reason}}}'
-        return event(f'{self._head},"choices":[{choice}]{self._usage}}}')
+        delta = json.dumps({"content": chunk.text}) if chunk.text else "{}"
+        logprobs = "null" if not chunk.logprobs else json.dumps(self._answer.logprobs(chunk.logprobs))
+        return self._events.choice(chunk.index, f'"delta":{delta}', logprobs, chunk.finish_reason)

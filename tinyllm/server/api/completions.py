@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -14,6 +12,7 @@ from starlette.responses import Response
 from tinyllm.engine.sequence import Task
 from tinyllm.outputs import CompletionOutput, RequestOutput, StreamChunk
 from tinyllm.sampling_params import SamplingParams
+from tinyllm.server.api.answer import ChunkEvents, answer_head
 from tinyllm.server.api.logprobs import completion_logprobs
 from tinyllm.server.api.requests import CompletionRequest
 from tinyllm.server.api.responses import STREAMED, Completion
@@ -21,7 +20,7 @@ from tinyllm.server.api.sampling import check_logprobs, sampling_params
 from tinyllm.server.api.usage import usage_of
 from tinyllm.server.auth import Caller
 from tinyllm.server.errors import invalid
-from tinyllm.server.http import EventStream, JsonResponse, event, outputs_or_gone
+from tinyllm.server.http import EventStream, JsonResponse, outputs_or_gone
 from tinyllm.server.service import Service
 from tinyllm.server.submission import Job
 
@@ -42,8 +41,7 @@ def completions_router(service: Service, caller: Callable[..., Awaitable[Caller]
         submission = service.submit(jobs)
         answer = _Answer(service, jobs, params, echo=bool(body.echo))
         if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(submission, _CompletionStream(answer, include_usage=usage))
+            return EventStream(submission, _CompletionStream(answer, body))
         return JsonResponse(answer.whole(await outputs_or_gone(request, submission)))
 
     return router
@@ -75,13 +73,7 @@ class _Answer:
         self._num_top = params.logprobs
         self._echo = echo
         self.n = params.n
-        self.head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": service.config.model_name,
-            "system_fingerprint": service.fingerprint,
-        }
+        self.head = answer_head(service, "cmpl", "text_completion")
 
     def logprobs(self, entries: Any, offset: int, first_token: str = "") -> dict[str, Any] | None:
         if entries is None or self._num_top is None:
@@ -120,17 +112,18 @@ class _Answer:
 class _CompletionStream:
     """A StreamWriter: `text_completion` objects, each with a piece of one choice."""
 
-    def __init__(self, answer: _Answer, *, include_usage: bool) -> None:
+    def __init__(self, answer: _Answer, body: CompletionRequest) -> None:
         self._answer = answer
-        self._include_usage = include_usage
-        self._head = json.dumps(answer.head)[:-1]  # the rest of the object follows
-        self._usage = ',"usage":null' if include_usage else ""
+        self._events = ChunkEvents(answer.head, body)
         self._offsets: dict[int, int] = {}
+        self.end = self._events.end
 
     def begin(self) -> bytes:
         return b""
 
     def chunk(self, job: int, chunk: StreamChunk) -> bytes:
+        if not (chunk.text or chunk.logprobs or chunk.finish_reason):
+            return b""  # a token that is only a part of a character
         index = job * self._answer.n + chunk.index
         logprobs = "null"
         if chunk.logprobs:
@@ -139,13 +132,4 @@ class _CompletionStream:
             assert found is not None
             self._offsets[index] = offset + sum(map(len, found["tokens"]))
             logprobs = json.dumps(found)
-        if not chunk.text and logprobs == "null" and chunk.finish_reason is None:
-            return b""  # a token that is only a part of a character
-        reason = "null" if chunk.finish_reason is None else json.dumps(chunk.finish_reason)
-        choice = f'{{"index":{index},"text":{json.dumps(chunk.text)},"logprobs":{logprobs},"finish_reason":{reason}}}'
-        return event(f'{self._head},"choices":[{choice}]{self._usage}}}')
-
-    def end(self, outputs: Mapping[int, RequestOutput]) -> bytes:
-        if not self._include_usage:
-            return b""
-        return event(f'{self._head},"choices":[],"usage":{json.dumps(usage_of(outputs.values()))}}}')
+        return self._events.choice(index, f'"text":{json.dumps(chunk.text)}', logprobs, chunk.finish_reason)

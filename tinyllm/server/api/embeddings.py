@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from tinyllm.embedding import mean_embeddings
 from tinyllm.engine.sequence import Task
-from tinyllm.errors import InvalidRequestError
 from tinyllm.sampling_params import SamplingParams
 from tinyllm.server.api.requests import EmbeddingRequest
 from tinyllm.server.api.responses import EmbeddingList
@@ -33,10 +32,7 @@ def embeddings_router(service: Service, caller: Callable[..., Awaitable[Caller]]
         size = service.llm.config.hidden_size
         if body.dimensions not in (None, size):
             raise invalid(f"dimensions is {body.dimensions}; this model's vectors have {size}", "dimensions")
-        try:
-            params = SamplingParams(cache_salt=who.cache_salt(body.cache_salt), priority=body.priority or 0)
-        except InvalidRequestError as error:
-            raise invalid(str(error)) from None
+        params = SamplingParams(cache_salt=who.cache_salt(body.cache_salt), priority=body.priority or 0)
         jobs = await service.jobs(service.prompts(body.input, "input"), params, Task.EMBED, "input")
         outputs = await outputs_or_gone(request, service.submit(jobs))
         rows = [output.rows for output in outputs if output.rows is not None]

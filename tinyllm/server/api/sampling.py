@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from tinyllm.errors import InvalidRequestError
@@ -83,15 +82,12 @@ def _structured_output(body: GenerationFields) -> StructuredOutput | None:
             found.append((name, StructuredOutput(name, text)))
     wanted = body.response_format
     if wanted is not None and wanted.type == "json_object":
-        found.append(("response_format", StructuredOutput("json_object", "")))
+        found.append(("response_format", StructuredOutput.json_object()))
     elif wanted is not None and wanted.type == "json_schema":
         if wanted.json_schema is None or wanted.json_schema.json_schema is None:
             raise invalid("response_format of type json_schema needs json_schema.schema", "response_format")
-        try:
-            text = json.dumps(wanted.json_schema.json_schema)
-        except (RecursionError, ValueError):
-            raise invalid("the JSON schema is nested too deeply", "response_format") from None
-        found.append(("response_format", StructuredOutput("json_schema", text)))
+        schema: Any = wanted.json_schema.json_schema
+        found.append(("response_format", StructuredOutput.json_schema(schema)))
     if len(found) > 1:
         raise invalid(f"only one of {' and '.join(name for name, _ in found)} may be given", found[1][0])
     return found[0][1] if found else None

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from tinyllm.engine.observer import EngineObserver
 from tinyllm.engine.scheduler import SchedulerOutput
@@ -36,48 +35,26 @@ class Guard:
         return not self._failed and self._observer.wants_logits
 
     def request_added(self, request: Request) -> None:
-        with self._guarded():
-            self._observer.request_added(request)
+        self._pass_on(self._observer.request_added, request)
 
     def request_aborted(self, request: Request) -> None:
-        with self._guarded():
-            self._observer.request_aborted(request)
+        self._pass_on(self._observer.request_aborted, request)
 
     def logits_used(self, sequence: Sequence, position: int, logits: F32Array) -> None:
-        with self._guarded():
-            self._observer.logits_used(sequence, position, logits)
+        self._pass_on(self._observer.logits_used, sequence, position, logits)
 
     def step_finished(self, output: SchedulerOutput, finished: list[Request]) -> None:
-        with self._guarded():
-            self._observer.step_finished(output, finished)
+        self._pass_on(self._observer.step_finished, output, finished)
 
     def step_undone(self) -> None:
-        with self._guarded():
-            self._observer.step_undone()
+        self._pass_on(self._observer.step_undone)
 
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _pass_on(self, tell: Callable[..., None], *what: Any) -> None:
         if self._failed:
-            self._observer = _Blind()
+            return
         try:
-            yield
+            tell(*what)
         except Exception:
             _log.exception("the live feed has failed; who watches begins again")
             self._failed = True
             self._on_failure()
-
-
-class _Blind:
-    """Sees nothing."""
-
-    wants_logits = False
-
-    def request_added(self, request: Request) -> None: ...
-
-    def request_aborted(self, request: Request) -> None: ...
-
-    def logits_used(self, sequence: Sequence, position: int, logits: F32Array) -> None: ...
-
-    def step_finished(self, output: SchedulerOutput, finished: list[Request]) -> None: ...
-
-    def step_undone(self) -> None: ...

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from tinyllm.server.engine_thread import EngineThread
 from tinyllm.server.errors import ApiError
+from tinyllm.server.http import when_gone
 from tinyllm.server.live.feed import LiveFeed
 from tinyllm.server.live.viewer import Viewer
 
@@ -41,7 +42,7 @@ class LiveStream(Response):
                 loop.call_soon_threadsafe(ready.set)
 
         viewer = Viewer(wake)
-        gone = asyncio.create_task(_close_when_gone(receive, viewer))
+        gone = when_gone(receive, viewer.close)
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             with suppress(ApiError):  # the engine's thread has ended
@@ -71,10 +72,3 @@ class LiveStream(Response):
                     if not self._engine_thread.alive:
                         return
                     await write(": nothing new\n\n")  # so that whoever stands between does not give up
-
-
-async def _close_when_gone(receive: Receive, viewer: Viewer) -> None:
-    with suppress(Exception):  # a connection that fails is one that has gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-    viewer.close()
