@@ -14,6 +14,7 @@ from mutants import Mutant, main
 KERNELS = "tinyllm/backends/cpu_kernels/"
 DIGITS, DOT = KERNELS + "digits.py", KERNELS + "integer_dot.py"
 PRODUCTS, MATRIX_UNIT = KERNELS + "integer_linear.py", KERNELS + "integer_amx.py"
+ON_AMX, SOFTMAX = KERNELS + "attention_amx.py", KERNELS + "softmax_bf16.py"
 FORMATS, TILES, ATTENTION = KERNELS + "formats.py", KERNELS + "attention_tiles.py", KERNELS + "attention.py"
 INT8, VECTORS, CACHE = (f"{KERNELS}{name}.py" for name in ("attention_int8", "int8_vectors", "kv_cache"))
 LINEAR_OP, PROGRAM, BACKEND = (f"tinyllm/backends/{name}.py" for name in ("cpu_linear", "cpu_program", "cpu"))
@@ -77,38 +78,46 @@ MUTANTS = (
         INTEGERS,
     ),
     Mutant(
-        "matrix unit: sums of the step before",
+        "matrix unit: the second tile of a pair is the first",
         MATRIX_UNIT,
-        "            store(b.add(i, const(1)))\n",
-        "            store(i)\n",
+        "rows = [x, b.add(x, x_stride)]",
+        "rows = [x, x]",
         LINEAR,
     ),
     Mutant(
-        "matrix unit: one buffer of sums",
+        "matrix unit: sums do not begin at zero",
         MATRIX_UNIT,
-        "b.and_(i, const(1)), const(2",
-        "b.and_(i, const(0)), const(2",
+        "store(results + 64 * t, zeros())",
+        "store(sums, zeros())",
         LINEAR,
     ),
-    Mutant(
-        "matrix unit: the tile is not cleared",
-        MATRIX_UNIT,
-        '                _emit(b, "tilezero", _tile(C))\n',
-        "",
-        LINEAR,
-    ),
+    Mutant("matrix unit: the tile is not cleared", MATRIX_UNIT, "                emit_tile_zero(b, C)\n", "", LINEAR),
     Mutant(
         "matrix unit: a row too few",
         MATRIX_UNIT,
-        "n, at = min(TILE_ROWS, last - row), out",
-        "n, at = min(TILE_ROWS - 1, last - row), out",
+        "n = min(TILE_ROWS, last - at)",
+        "n = min(TILE_ROWS - 1, last - at)",
         LINEAR,
     ),
     Mutant(
         "matrix unit: codes times 16 for both digits",
         MATRIX_UNIT,
-        "128 * TILE_ROWS, 16, (4, 0))",
-        "128 * TILE_ROWS, 16, (4, 4))",
+        "64, (0, 64), (4, 0))",
+        "64, (0, 64), (4, 4))",
+        LINEAR,
+    ),
+    Mutant(
+        "matrix unit: the last chunk is as long as the others",
+        MATRIX_UNIT,
+        "n = min(chunk, steps - step)",
+        "n = chunk",
+        LINEAR,
+    ),
+    Mutant(
+        "matrix unit: the next group's codes",
+        MATRIX_UNIT,
+        "part_codes = codes + g * codes_nbytes",
+        "part_codes = codes + min(g + 1, n_groups - 1) * codes_nbytes",
         LINEAR,
     ),
     Mutant("digits: the first of four overflows", DIGITS, "bias=8)", "bias=0)", INTEGERS),
@@ -219,6 +228,62 @@ MUTANTS = (
     ),
     Mutant(
         "int8: keys of a tile share a scale", CACHE, "16 * words + 4 * (offset % 16), scale", "16 * words, scale", PAGED
+    ),
+    Mutant(
+        "attention on AMX: no row is computed apart",
+        ON_AMX,
+        "together = lowest_key(last_position, window, sinks) <= first and end <= position + 1",
+        "together = True",
+        PAGED,
+    ),
+    Mutant(
+        "attention on AMX: values that no row sees stay",
+        ON_AMX,
+        "b.and_(emit_load(b, b.add(source, at), V32), kept)",
+        "emit_load(b, b.add(source, at), V32)",
+        PAGED,
+    ),
+    Mutant(
+        "attention on AMX: infinity in an odd key counts as a number",
+        ON_AMX,
+        "(upper, 0x7F800000), (lower, 0x7F80)",
+        "(lower, 0x7F80), (lower, 0x7F80)",
+        PAGED,
+    ),
+    Mutant(
+        "attention on AMX: rows that see nothing keep the probabilities before",
+        ON_AMX,
+        "store(all_scores + r * _SCORES + 64, zeros())",
+        "pass",
+        PAGED,
+    ),
+    Mutant(
+        "attention on AMX: queries of a tile's second step in the first's place",
+        ON_AMX,
+        "AMX_ROWS * 2 * d, load(",
+        "AMX_ROWS * 0 * d, load(",
+        PAGED,
+    ),
+    Mutant(
+        "softmax in bfloat16: the sum is not moved with the maximum",
+        SOFTMAX,
+        "store(state + 64, load(state + 64) * keep)",
+        "pass",
+        PAGED,
+    ),
+    Mutant(
+        "softmax in bfloat16: capped scores are scaled again",
+        ON_AMX,
+        "scale if cap <= 0.0 else np.float32(1.0)",
+        "scale",
+        PAGED,
+    ),
+    Mutant(
+        "pairs: an odd key lies where the even one does",
+        CACHE,
+        "offset // 2 * 4 * head_dim + offset % 2 * 2",
+        "offset // 2 * 4 * head_dim",
+        PAGED,
     ),
 )
 

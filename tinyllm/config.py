@@ -179,8 +179,8 @@ class EngineConfig:
         block_size: tokens per KV block; a multiple of 16 on the cpu backend, a power of two up to 256 on the GPU.
         num_blocks: KV blocks to reserve; None sizes the cache from the model and the free memory.
         kv_dtype: storage of keys and values: "f32", "f16", "bf16", or with a scale for each token and head "int8" and
-            on the GPU "fp8"; "auto" is what the backend computes attention in: on the CPU f32, or f16 with int8
-            activations.
+            on the GPU "fp8"; "auto" is what the backend computes attention in: on the CPU f32, or with int8
+            activations bf16 where its AMX multiplies that, else f16.
         max_model_len: the longest prompt plus output, in tokens; None means the model's own limit.
         num_threads: CPU threads; None means all that this process may use.
         device: "auto" (a GPU if there is one, else the CPU), "cpu", "cuda", "cuda-emulated" or "reference".

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tinyllm.backends.cpu import CpuBackend
-from tinyllm.backends.cpu_kernels.integer_amx import has_amx
+from tinyllm.backends.cpu_kernels.amx import has_amx
 from tinyllm.backends.reference import ReferenceBackend
 
 

@@ -11,6 +11,7 @@ from tests.kernels.kernel_cases import Sequences, int8_vectors, rounded, worst
 from tests.poison import poison
 from tinyllm.backends.base import KVCacheSpec
 from tinyllm.backends.cpu import CpuBackend
+from tinyllm.backends.cpu_kernels.attention_amx import suits_amx
 from tinyllm.errors import ConfigError
 
 SCALE_LIMIT = np.float32(33026 * 2.0**106)  # 127 times the next number of sixteen bits overflows
@@ -55,11 +56,58 @@ def _attend(sequences, spans, tables, cache):
     return q, cache.layers[0], batch
 
 
+BF16 = [  # heads, kv heads, head dim, block size, window, softcap: multiples of 32 are for AMX, where there is one
+    (9, 3, 64, 16, None, 0.0),
+    (8, 1, 128, 48, 70, 5.0),
+    (40, 1, 32, 16, 300, 0.0),
+    (2, 2, 96, 64, 1, 30.0),
+    (3, 1, 48, 16, None, 0.0),
+]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size", "window", "softcap"), BF16)
+def test_bfloat16_errs_no_more_than_rounding_can(heads, kv_heads, head_dim, block_size, window, softcap, cpu, rng):
+    """On AMX queries and probabilities are rounded to bfloat16 as well, by 2**-8 of themselves at most."""
+    sequences = Sequences.random(rng, LENGTHS, heads, kv_heads, head_dim)
+    cache, tables = sequences.fill(cpu, block_size, "bf16", rng)
+    spans = [(s, max(0, n - 70), n) for s, n in enumerate(LENGTHS)]
+    scale = head_dim**-0.5
+    out, lse = cpu.paged_attention(
+        *_attend(sequences, spans, tables, cache), scale=scale, window=window, softcap=softcap
+    )  # fmt: skip
+    unrounded = [sequences.exact(s, "bf16", scale, window, softcap) for s, _, _ in spans]
+    sequences.queries[:] = [rounded(q, "bf16") for q in sequences.queries]
+    wanted = [sequences.exact(s, "bf16", scale, window, softcap) for s, _, _ in spans]
+    if not suits_amx(head_dim):
+        wanted = unrounded
+    sequences.values[:] = [np.abs(v) for v in sequences.values]
+    magnitudes = [sequences.exact(s, "bf16", scale, window, softcap)[0] for s, _, _ in spans]
+    at, errors = 0, []
+    for (_, first, end), (exact_out, exact_lse), magnitude in zip(spans, wanted, magnitudes, strict=True):
+        rows = slice(at, at + end - first)
+        errors.append(out[rows] - exact_out[first:end])
+        # both a probability and the sum that it is divided by are that far off, in the worst case
+        assert (np.abs(errors[-1]) <= 2.0**-7 * magnitude[first:end] + 1e-6).all()
+        assert np.abs(lse[rows] - exact_lse[first:end]).max() <= 2.0**-8 + 1e-5
+        at += end - first
+    assert np.sqrt((np.concatenate(errors) ** 2).mean()) <= 2.0**-9 * np.sqrt((out**2).mean())  # in the mean less
+
+
 @pytest.mark.parametrize("window", [None, 1, 33, 64, 300])
-@pytest.mark.parametrize(("heads", "kv_heads", "dtype"), [(3, 1, "f32"), (2, 2, "f16"), (8, 2, "bf16"), (3, 1, "int8")])
-def test_same_bits_however_it_is_cut(window, heads, kv_heads, dtype, cpu, single, rng):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "dtype"),
+    [
+        (3, 1, 24, "f32"),
+        (2, 2, 24, "f16"),
+        (8, 2, 24, "bf16"),
+        (3, 1, 64, "bf16"),
+        (12, 1, 96, "bf16"),
+        (3, 1, 24, "int8"),
+    ],
+)
+def test_same_bits_however_it_is_cut(window, heads, kv_heads, head_dim, dtype, cpu, single, rng):
     lengths = [600, 37, 300]
-    sequences = Sequences.random(rng, lengths, heads, kv_heads, 24)
+    sequences = Sequences.random(rng, lengths, heads, kv_heads, head_dim)
     cache, tables = sequences.fill(cpu, 16, dtype, rng)
     options = {"scale": 0.2, "window": window}
 
@@ -89,10 +137,10 @@ def test_same_bits_however_it_is_cut(window, heads, kv_heads, dtype, cpu, single
             check(spans, attend(spans, backend))
 
 
-@pytest.mark.parametrize("dtype", ["f32", "int8"])
+@pytest.mark.parametrize(("dtype", "head_dim"), [("f32", 40), ("int8", 40), ("bf16", 64)])
 @pytest.mark.parametrize("block_size", [32, 48, 64, 256])
-def test_same_bits_for_every_block_size(block_size, dtype, cpu, rng):
-    sequences = Sequences.random(rng, [600, 37], 6, 2, 40)
+def test_same_bits_for_every_block_size(block_size, dtype, head_dim, cpu, rng):
+    sequences = Sequences.random(rng, [600, 37], 6, 2, head_dim)
     spans = [(0, 0, 600), (1, 20, 37)]
     results = []
     for size in (16, block_size):
@@ -102,7 +150,7 @@ def test_same_bits_for_every_block_size(block_size, dtype, cpu, rng):
     assert np.array_equal(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("dtype", ["f32", "int8"])
+@pytest.mark.parametrize("dtype", ["f32", "int8", "bf16"])
 def test_blocks_before_the_window_are_not_read(dtype, cpu, rng):
     """A freed block's entry may be anything: reading at it would end the process."""
     sequences = Sequences.random(rng, [700], 3, 1, 32)
@@ -117,7 +165,7 @@ def test_blocks_before_the_window_are_not_read(dtype, cpu, rng):
         assert np.isfinite(result[0]).all()
 
 
-@pytest.mark.parametrize("dtype", ["f32", "int8"])
+@pytest.mark.parametrize("dtype", ["f32", "int8", "bf16"])
 def test_a_later_token_cannot_reach_an_earlier_one(dtype, cpu, rng):
     """NaN and infinity at position 20 leave positions 0 to 19 as they were, in one call."""
     sequences = Sequences.random(rng, [64], 4, 2, 32)
@@ -129,6 +177,27 @@ def test_a_later_token_cannot_reach_an_earlier_one(dtype, cpu, rng):
     assert np.array_equal(result[:20], clean[:20])
     assert np.isnan(result[20:, :2]).all()
     assert np.array_equal(result[:, 2:], clean[:, 2:])
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_value_beside_the_window_cannot_reach_a_query(dtype, bad, cpu, rng):
+    """Values that are no numbers at 5, 70 and 100 reach those queries that see them, whoever is computed beside."""
+    sequences = Sequences.random(rng, [160], 3, 1, 64)
+    cache, tables = sequences.fill(cpu, 16, dtype, rng)
+    clean, _ = cpu.paged_attention(*_attend(sequences, [(0, 0, 160)], tables, cache), scale=0.1, window=40)
+    places = [5, 70, 100]
+    for place in places:
+        sequences.values[0][place, 0, place % 64] = bad
+    cache, tables = sequences.fill(cpu, 16, dtype, rng)
+    seen = np.array([[place <= p < place + 40 for place in places] for p in range(160)])
+    for spans in ([(0, 0, 160)], [(0, 60, 100), (0, 100, 117)], [(0, 109, 110)]):
+        result, _ = cpu.paged_attention(*_attend(sequences, spans, tables, cache), scale=0.1, window=40)
+        rows = np.concatenate([np.arange(first, end) for _, first, end in spans])
+        expected = clean[rows].copy()
+        for i, place in enumerate(places):
+            expected[seen[rows, i], :, place % 64] = bad
+        assert np.array_equal(result, expected, equal_nan=True)
 
 
 def test_shared_blocks(cpu, rng):
@@ -188,7 +257,10 @@ def test_the_largest_sums_of_integers(cpu):
 def stored(layer):
     """k, v as (NB, BS, KH, D), and in int8 their scales (NB, BS, KH)."""
     k, v, scales = layer.k, layer.v, ()
-    if layer.dtype == "int8":  # a tile's, a block's bytes in fours, and then its scales
+    if layer.storage == "bf16x2":  # pairs of elements, pairs of keys
+        k = k.swapaxes(-1, -2).reshape(*k.shape[:3], layer.head_dim, 16)
+        v = v.swapaxes(-1, -2).reshape(*v.shape[:2], layer.block_size, layer.head_dim)
+    if layer.storage == "int8":  # a tile's, a block's bytes in fours, and then its scales
         n, padded = 16 * layer.head_dim, -(-layer.head_dim // 16) * 16
         k, k_scales = k[..., :n] ^ np.int8(-128), k[..., n:].copy().view(np.float32)
         k = k.reshape(*k.shape[:3], -1, 16, 4).swapaxes(-1, -2).reshape(*k.shape[:3], -1, 16)

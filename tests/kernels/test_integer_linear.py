@@ -14,9 +14,9 @@ from tests.models.quantised_files import make
 from tinyllm.backends.cpu import CpuBackend
 from tinyllm.backends.cpu_kernels import integer_dot
 from tinyllm.backends.cpu_kernels.digits import (
-    HALVES_NBYTES,
     TILE_ROWS,
-    quantise_halves,
+    matrix_step_nbytes,
+    quantise_for_matrix,
     quantise_kernel,
     record_nbytes,
     row_nbytes,
@@ -109,9 +109,9 @@ def test_four_digits_are_the_same_integers(rng):
     """The form for the matrix unit: two halves of two digits each, none of which overflows."""
     x = blocks_of_every_kind(rng, 32)
     T, steps = len(x), x.shape[1] // 32
-    out = np.zeros((-(-T // 16), steps, HALVES_NBYTES), np.uint8)
+    out = np.zeros((-(-T // 16), steps, matrix_step_nbytes(3)), np.uint8)
     arguments = x.ctypes.data, x.strides[0], steps, 5, out.ctypes.data
-    CpuBackend(1)._run(quantise_halves(True), T * steps, 0, *arguments)
+    CpuBackend(1)._run(quantise_for_matrix(3, True), T * steps, 0, *arguments)
     digits = np.ascontiguousarray(out[..., : 128 * 16]).view(np.int8).reshape(-1, steps, 16, 2, 2, 32)
     halves = 16 * digits[..., 0, :].astype(np.int64) + digits[..., 1, :]
     integers = (4096 * halves[..., 0, :] + halves[..., 1, :]).transpose(0, 2, 1, 3).reshape(-1, steps, 32)[:T]
@@ -124,6 +124,22 @@ def test_four_digits_are_the_same_integers(rng):
     assert facts[..., 4:8].tobytes() == sums.tobytes()
     first = np.ascontiguousarray(facts[..., 8:]).view(np.int32)
     assert np.array_equal(first, -5 * halves.sum(axis=-1).transpose(0, 2, 1, 3).reshape(-1, steps, 2)[:T])
+
+
+def test_one_digit_for_the_matrix_unit_is_the_same(rng):
+    x = blocks_of_every_kind(rng, 32)
+    T, steps = len(x), x.shape[1] // 32
+    out = np.zeros((-(-T // 16), steps, matrix_step_nbytes(1)), np.uint8)
+    arguments = x.ctypes.data, x.strides[0], steps, 3, out.ctypes.data
+    CpuBackend(1)._run(quantise_for_matrix(1, True), T * steps, 0, *arguments)
+    by_rows = [
+        np.ascontiguousarray(part).reshape(-1, steps, 16, n).transpose(0, 2, 1, 3).reshape(-1, steps, n)[:T]
+        for part, n in ((out[..., : 32 * 16], 32), (out[..., 32 * 16 :], 16))
+    ]
+    digits, scales, sums, first = quantise(x, 1, 32, offset=3)
+    assert np.array_equal(by_rows[0].view(np.int8), digits[:, :, 0])
+    for part, expected in zip(np.split(by_rows[1][..., :12], 3, axis=-1), (scales, sums, first), strict=True):
+        assert part.tobytes() == np.ascontiguousarray(expected).tobytes()
 
 
 @pytest.mark.parametrize("digits", [1, 3])

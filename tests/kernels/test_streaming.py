@@ -126,10 +126,13 @@ def test_as_exact_as_the_reference(heads, kv_heads, head_dim, block_size, dtype,
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("heads", "kv_heads", "dtype"), [(3, 1, "f32"), (8, 2, "bf16"), (3, 1, "int8")])
-def test_same_bits_however_it_is_cut(mask, heads, kv_heads, dtype, cpu, single, rng):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "dtype"),
+    [(3, 1, 24, "f32"), (8, 2, 24, "bf16"), (6, 2, 32, "bf16"), (3, 1, 24, "int8")],
+)
+def test_same_bits_however_it_is_cut(mask, heads, kv_heads, head_dim, dtype, cpu, single, rng):
     n = 600
-    streams = Streams.random(rng, cpu, [n], [mask], heads=heads, kv_heads=kv_heads, dtype=dtype)
+    streams = Streams.random(rng, cpu, [n], [mask], heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     whole = streams.attend(cpu, [(0, 0, n)])
     assert all(np.isfinite(result).all() for result in whole)
 

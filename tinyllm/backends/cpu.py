@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from tinyllm.backends.base import SPLIT_KEYS, Batch, F32Array, I32Array, KVCacheSpec
 from tinyllm.backends.cpu_flash_attention import CpuFlashAttention
 from tinyllm.backends.cpu_kernels import attention, rows
-from tinyllm.backends.cpu_kernels.integer_amx import has_amx
+from tinyllm.backends.cpu_kernels.amx import has_amx
+from tinyllm.backends.cpu_kernels.attention_amx import suits_amx
 from tinyllm.backends.cpu_kernels.jit import Kernel, address_of
 from tinyllm.backends.cpu_kernels.kv_cache import KVLayer, PagedKVCache, allocate, cache_nbytes, read, write_kernel
 from tinyllm.backends.cpu_kernels.memory import aligned_zeros
@@ -140,7 +141,9 @@ class CpuBackend(CpuLinear, CpuFlashAttention, CpuSampling, HostBackend):
         return packed_nbytes(parts)
 
     def default_kv_dtype(self, head_dim: int) -> str:
-        return "f16" if self.activations == "int8" else "f32"
+        if self.activations == "f32":
+            return "f32"
+        return "bf16" if suits_amx(head_dim) else "f16"
 
     def kv_cache_nbytes(self, spec: KVCacheSpec) -> int:
         return cache_nbytes(spec)
@@ -258,7 +261,7 @@ class CpuBackend(CpuLinear, CpuFlashAttention, CpuSampling, HostBackend):
         assert k.strides[2] == 4 and v.strides[2] == 4 and slot_mapping.shape == (T,)
         assert slot_mapping.strides[0] == 4
         self._run(
-            write_kernel(layer.dtype), T, 4 * T * KH * D, address(k), k.strides[0], k.strides[1], address(v),
+            write_kernel(layer.storage), T, 4 * T * KH * D, address(k), k.strides[0], k.strides[1], address(v),
             v.strides[0], v.strides[1], KH, D, -(-D // 16) * 16, layer.k_address, layer.v_address, layer.block_size,
             address(slot_mapping),
         )  # fmt: skip
@@ -315,7 +318,7 @@ class CpuBackend(CpuLinear, CpuFlashAttention, CpuSampling, HostBackend):
         assert batch.block_tables.strides[1] == 4
         heads = H // KH
         max_context = max_blocks * layer.block_size
-        kernels = attention.attention_kernels(layer.dtype)
+        kernels = attention.attention_kernels(layer.storage)
         worker_nbytes = attention.scratch_nbytes(heads, D)
         all_workers = self.num_threads * worker_nbytes
         window = attention.NO_WINDOW if window is None else window

@@ -15,16 +15,16 @@ import numpy as np
 
 from tinyllm.backends.base import F32Array, I32Array
 from tinyllm.backends.cpu_kernels.digits import (
-    HALVES_NBYTES,
     TILE_ROWS,
-    quantise_halves,
+    matrix_step_nbytes,
+    quantise_for_matrix,
     quantise_kernel,
     record_nbytes,
     row_nbytes,
     tile_nbytes,
 )
 from tinyllm.backends.cpu_kernels.formats import PACKED
-from tinyllm.backends.cpu_kernels.integer_amx import AMX_NBYTES, amx_kernel
+from tinyllm.backends.cpu_kernels.integer_amx import amx_kernel, amx_worker_nbytes, groups_of_task
 from tinyllm.backends.cpu_kernels.integer_dot import HAS_VNNI
 from tinyllm.backends.cpu_kernels.integer_linear import (
     FEW_ROWS as INTEGER_FEW_ROWS,
@@ -75,11 +75,13 @@ class CpuLinear(CpuOps):
 
     def _linear_scratch(self, rows: int, in_features: int) -> tuple[int, int]:
         """The most bytes of scratch of a product, and bytes of one worker, whose parts come first."""
-        worker = max(worker_nbytes(in_features), integer_worker_nbytes(in_features) + AMX_NBYTES)
+        worker = max(worker_nbytes(in_features), integer_worker_nbytes(in_features))
+        if self.matrix_unit:
+            worker = max(worker, amx_worker_nbytes(in_features))
         sums = 4 * rows * (in_features // 32) if rows > FEW_ROWS else 0
         tiles = -(-rows // TILE_ROWS)
         few = min(rows, INTEGER_FEW_ROWS) * row_nbytes(3, 16, in_features)
-        records = max(few, tiles * max(tile_nbytes(3, 16, in_features), in_features // 32 * HALVES_NBYTES))
+        records = max(few, tiles * max(tile_nbytes(3, 16, in_features), in_features // 32 * matrix_step_nbytes(3)))
         return self.num_threads * worker + max(sums, records), worker
 
     def linear(
@@ -108,11 +110,14 @@ class CpuLinear(CpuOps):
                 holds = way.made
             groups, first = -(-part.rows // 16), 4 * part.first_row
             blocks_of_rows = -(-T // way.block_rows) if way.block_rows else 1
+            span = groups_of_task(T, part.rows, self.num_threads) if way.takes_span else 1
+            tasks = blocks_of_rows * -(-groups // span)
             self._run(
-                way.kernel, blocks_of_rows * groups, T * in_features * part.rows, part.address, part.group_nbytes,
+                way.kernel, tasks, T * in_features * part.rows, part.address, part.group_nbytes,
                 prepared if way.stride else x_address, way.stride or x_stride, T, in_features, part.rows,
                 bias_address and bias_address + first, out_address + first, out.strides[0], scratch, worker_nbytes,
                 *((prepared,) if way.takes_sums else ()), *((way.block_rows,) if way.block_rows else ()),
+                *((span,) if way.takes_span else ()),
             )  # fmt: skip
         return out
 
@@ -126,12 +131,12 @@ class CpuLinear(CpuOps):
             sums = block_sums if form.has_minimum else None
             return _Way(floats.many_rows, sums, "sums", form.step, takes_sums=True)
         offset = form.offset
-        on_matrix_unit = self.matrix_unit and form.bits == 4 and T > MANY_TILE
-        if on_matrix_unit and digits == 3:
-            stride, halves = in_features // form.step * HALVES_NBYTES, quantise_halves(offset != 0)
-            way = _Way(amx_kernel(dtype, digits), halves, ("halves", offset), form.step, True, (offset,), (), stride)
-            return replace(way, block_rows=_block_rows(stride))
         made = digits, form.step, offset
+        if self.matrix_unit and form.bits == 4 and T > MANY_TILE:
+            stride = in_features // form.step * matrix_step_nbytes(digits)
+            kernel, quantise = amx_kernel(dtype, digits), quantise_for_matrix(digits, offset != 0)
+            way = _Way(kernel, quantise, ("matrix", *made), form.step, True, (offset,), (), stride)
+            return replace(way, block_rows=_block_rows(stride), takes_span=True)
         record = record_nbytes(digits, form.step)
         quantise = quantise_kernel(digits, form.step, offset != 0)
         if T <= INTEGER_FEW_ROWS:
@@ -139,8 +144,7 @@ class CpuLinear(CpuOps):
             return _Way(kernel, quantise, made, form.step, True, (offset,), (TILE_ROWS * row, row, record), row)
         tile = tile_nbytes(digits, form.step, in_features)
         places = tile, record, TILE_ROWS * record
-        kernel = amx_kernel(dtype, digits) if on_matrix_unit else many_rows_kernel(dtype, digits)
-        way = _Way(kernel, quantise, made, form.step, True, (offset,), places, tile)
+        way = _Way(many_rows_kernel(dtype, digits), quantise, made, form.step, True, (offset,), places, tile)
         return replace(way, block_rows=_block_rows(tile))
 
 
@@ -163,6 +167,7 @@ class _Way:
         stride: of what the kernel reads instead of x, from row to row or from tile to tile; 0: it reads x.
         takes_sums: the kernel's last argument is what was made.
         block_rows: rows of a task, of kernels that take them; 0: all.
+        takes_span: a task may take several groups of outputs, as many as the kernel's last argument says.
     """
 
     kernel: Kernel
@@ -175,3 +180,4 @@ class _Way:
     stride: int = 0
     takes_sums: bool = False
     block_rows: int = 0
+    takes_span: bool = False

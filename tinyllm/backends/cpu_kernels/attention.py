@@ -5,6 +5,8 @@ A layer's cache, for NB blocks of BS slots, KH heads and head dimension D (V's r
     K  (NB, KH, BS / 16, D, 16): tiles of sixteen keys, transposed: one load brings element d of sixteen keys
     V  (NB, KH, BS, D'): one load brings sixteen elements of a value
 
+bfloat16 lies in pairs where a matrix unit multiplies it (`attention_amx.py`).
+
 int8 has a float32 scale for each key and value of a head, which lies inside the block. Four bytes
 that are multiplied together lie side by side (`attention_int8.py`); D is rounded up to a multiple of 4:
 
@@ -32,11 +34,14 @@ one part per task and merges afterwards, with the same operations in the same or
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 from tinyllm.backends.base import SPLIT_KEYS
+from tinyllm.backends.cpu_kernels.attention_amx import AMX_ROWS, amx_attention
 from tinyllm.backends.cpu_kernels.attention_int8 import int8_tiles
+from tinyllm.backends.cpu_kernels.attention_mask import lowest_key, seen
 from tinyllm.backends.cpu_kernels.attention_tiles import ITEM_NBYTES, ROW_TILE, attention_tiles, staged_tiles
 from tinyllm.backends.cpu_kernels.jit import Kernel, device
 from tinyllm.backends.cpu_kernels.online_softmax import TILE_KEYS, exponentiate, find_maximum, start_row
@@ -71,7 +76,7 @@ def query_tile(heads_per_kv_head: int) -> int:
 
 def _padded_rows(heads_per_kv_head: int) -> int:
     rows = query_tile(heads_per_kv_head) * heads_per_kv_head
-    return -(-rows // ROW_TILE) * ROW_TILE
+    return -(-rows // AMX_ROWS) * AMX_ROWS
 
 
 def scratch_nbytes(heads_per_kv_head: int, head_dim: int) -> int:
@@ -94,7 +99,7 @@ def _scratch_parts(scratch: int, heads: int, head_dim: int) -> tuple[int, int, i
 
     A state is 128 bytes: m, 4 bytes unused, the merged m and l, and at byte 64 the sixteen lanes whose sum is l.
     """
-    rows = (max(1, _QUERY_ROWS // heads) * heads + ROW_TILE - 1) // ROW_TILE * ROW_TILE
+    rows = (max(1, _QUERY_ROWS // heads) * heads + AMX_ROWS - 1) // AMX_ROWS * AMX_ROWS
     padded = (head_dim + 15) // 16 * 16
     scores = scratch + 128 * rows
     accs = scores + 4 * TILE_KEYS * rows
@@ -117,6 +122,12 @@ def _merge(m: float, l: float, acc: int, padded: int, totals: int, total_acc: in
     if m == -math.inf:
         return
     old_m = load_f32(totals)
+    if old_m == -math.inf:  # as below, with weights 0 and 1
+        store_f32(totals, m)
+        store_f32(totals + 4, l)
+        for d in range(0, padded, 16):
+            store(total_acc + 4 * d, load(acc + 4 * d) + zeros())
+        return
     new_m = max(old_m, m)
     keep, weight = exp_scalar(old_m - new_m), exp_scalar(m - new_m)
     store_f32(totals, new_m)
@@ -136,18 +147,6 @@ def _mask_of(s: int, window: int, streams: int) -> tuple[int, int]:
 
 
 @device
-def _lowest_key(position: int, window: int, sinks: int) -> int:
-    """The first key that a query sees, the sinks' part left aside. It never decreases with the position."""
-    return position - window + 1 if position >= sinks + window else 0
-
-
-@device
-def _seen(position: int, tile: int, end: int, window: int, sinks: int) -> tuple[int, int]:
-    """(first, end): the keys that a query sees of those from `tile` to `end`; none where first >= end."""
-    return max(tile, _lowest_key(position, window, sinks)), min(end, position + 1)
-
-
-@device
 def _finish(totals: int, total_acc: int, head_dim: int, out: int, lse: int) -> None:
     m, l = load_f32(totals), load_f32(totals + 4)  # noqa: E741
     for d in range(0, head_dim, 16):
@@ -157,7 +156,7 @@ def _finish(totals: int, total_acc: int, head_dim: int, out: int, lse: int) -> N
 
 @dataclass(frozen=True)
 class AttentionKernels:
-    """The kernels of one cache dtype.
+    """The kernels of one kind of cache.
 
     attention: a task is a tile of queries of one KV head, or where `results` is not 0 one of the `parts` of one
     decode query and KV head. combine: a task is one decode query and KV head, whose partial results it merges.
@@ -169,14 +168,55 @@ class AttentionKernels:
     combine: Kernel
 
 
-@cache
-def attention_kernels(dtype: str) -> AttentionKernels:
+@dataclass(frozen=True)
+class _Form:
+    """How a cache's kind is attended to.
+
+    begin(rows, heads, head_dim, scratch), end(): around a task's parts.
+    put_query(source, head_dim, q, row): a query as row `row` of those in scratch.
+    attend_part(first_key, end_key, rows, heads, position, window, sinks, scale, cap, head_dim, k, v, k_block_stride,
+        v_block_stride, table, block_size, scratch): one part for rows whose q lies in scratch; row r is at position +
+        r // heads. Leaves m, l, acc there.
+    """
+
+    begin: Callable[[int, int, int, int], None]
+    end: Callable[[], None]
+    put_query: Callable[[int, int, int, int], None]
+    attend_part: Callable[..., None]
+
+
+def _form_on_amx() -> _Form:
+    amx = amx_attention()
+    begin_tiles, attend = amx.begin, amx.attend_part
+
+    @device
+    def begin(rows: int, heads: int, head_dim: int, scratch: int) -> None:
+        _, _, _, _, _, staged = _scratch_parts(scratch, heads, head_dim)
+        begin_tiles(rows, staged)
+
+    @device
+    def attend_part(
+        first_key: int, end_key: int, rows: int, heads: int, position: int, window: int, sinks: int, scale: float,
+        cap: float, head_dim: int, k: int, v: int, k_block_stride: int, v_block_stride: int, table: int,
+        block_size: int, scratch: int,
+    ) -> None:  # fmt: skip
+        states, scores, accs, _, q, staged = _scratch_parts(scratch, heads, head_dim)
+        attend(
+            first_key, end_key, rows, heads, position, window, sinks, scale, cap, head_dim, k, v, k_block_stride,
+            v_block_stride, table, block_size, states, scores, accs, q, staged,
+        )  # fmt: skip
+
+    return _Form(begin, amx.end, amx.quantise_query, attend_part)
+
+
+def _form_of(dtype: str) -> _Form:
+    if dtype == "bf16x2":
+        return _form_on_amx()
     is_int8 = dtype == "int8"
     int8, tiles = int8_tiles(), attention_tiles("f32" if is_int8 else dtype)
     fetch = int8.fetch if is_int8 else tiles.fetch
     scores_of, accumulate, stage = int8.scores if is_int8 else tiles.scores, tiles.values, tiles.stage
     quantise_query, weigh, int8_values = int8.quantise_query, int8.weigh, int8.values
-    item = ITEM_NBYTES.get(dtype, 1)
     staged = staged_tiles()
     staged_scores_of, staged_accumulate = staged.scores, staged.values
 
@@ -197,7 +237,6 @@ def attention_kernels(dtype: str) -> AttentionKernels:
         cap: float, head_dim: int, k: int, v: int, k_block_stride: int, v_block_stride: int, table: int,
         block_size: int, scratch: int,
     ) -> None:  # fmt: skip
-        """One part for rows whose q lies in scratch; row r is at position + r // heads. Leaves m, l, acc there."""
         padded = (head_dim + 15) // 16 * 16
         states, all_scores, accs, _, q, tile_keys = _scratch_parts(scratch, heads, head_dim)
         tile_values = tile_keys + 4 * TILE_KEYS * head_dim
@@ -207,7 +246,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
             start_row(states + 128 * r)
             for d in range(0, padded, 16):
                 store(accs + 4 * (r * padded + d), zeros())
-        start = max(first_key, _lowest_key(position, window, sinks))
+        start = max(first_key, lowest_key(position, window, sinks))
         stop = min(end_key, position + (rows - 1) // heads + 1)
         for tile in range(start // TILE_KEYS * TILE_KEYS, stop, TILE_KEYS):
             end_of_tile = min(tile + TILE_KEYS, end_key)
@@ -221,7 +260,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
             for r0 in range(0, rows, ROW_TILE):
                 n = min(ROW_TILE, rows - r0)
                 lowest_position, highest_position = position + r0 // heads, position + (r0 + n - 1) // heads
-                first = max(tile, _lowest_key(lowest_position, window, sinks))
+                first = max(tile, lowest_key(lowest_position, window, sinks))
                 end = min(end_of_tile, highest_position + 1)
                 row_scores, key = all_scores + 4 * r0 * TILE_KEYS, first // 16 * 16
                 q_rows = q + r0 * query_nbytes
@@ -235,26 +274,26 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                                 fetch(ahead, k, v, k_block_stride, v_block_stride, table, block_size, head_dim)
                         key = scores_of(n, key, end, q_rows, k, k_block_stride, table, block_size, head_dim, place)
                 for r in range(r0, r0 + n):
-                    row_first, row_end = _seen(position + r // heads, tile, end_of_tile, window, sinks)
+                    row_first, row_end = seen(position + r // heads, tile, end_of_tile, window, sinks)
                     if row_first < row_end:
                         find_maximum(
                             all_scores + 4 * r * TILE_KEYS, tile, row_first, row_end, scale, cap, states + 128 * r,
                             accs + 4 * r * padded, padded,
                         )  # fmt: skip
                 for r in range(r0, r0 + n):
-                    row_first, row_end = _seen(position + r // heads, tile, end_of_tile, window, sinks)
+                    row_first, row_end = seen(position + r // heads, tile, end_of_tile, window, sinks)
                     if row_first < row_end:
                         exponentiate(all_scores + 4 * r * TILE_KEYS, states + 128 * r)
             for r0 in range(0, rows, ROW_TILE):
                 n = min(ROW_TILE, rows - r0)
                 lowest_position, highest_position = position + r0 // heads, position + (r0 + n - 1) // heads
-                first = max(tile, _lowest_key(lowest_position, window, sinks))
+                first = max(tile, lowest_key(lowest_position, window, sinks))
                 end = min(end_of_tile, highest_position + 1)
                 acc = accs + 4 * r0 * padded
                 if is_int8:
                     int8_probs = all_scores + 4 * r0 * TILE_KEYS
                     for r in range(n):
-                        row_first, row_end = _seen(position + (r0 + r) // heads, tile, end_of_tile, window, sinks)
+                        row_first, row_end = seen(position + (r0 + r) // heads, tile, end_of_tile, window, sinks)
                         row = int8_probs + 4 * r * TILE_KEYS
                         weigh(row, tile, row_first, row_end, v, v_block_stride, table, block_size, padded)
                     int8_values(
@@ -263,12 +302,12 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                     continue
                 probs = all_scores + 4 * (r0 * TILE_KEYS - tile)
                 # keys that all of the rows see: the others' probabilities must not meet V, which may be NaN
-                shared_first = max(first, _lowest_key(highest_position, window, sinks))
+                shared_first = max(first, lowest_key(highest_position, window, sinks))
                 shared_end = min(end, lowest_position + 1)
                 if n == 1 or shared_first >= shared_end:
                     shared_first = shared_end = end
                 for r in range(n):
-                    row_first, row_end = _seen(position + (r0 + r) // heads, tile, end_of_tile, window, sinks)
+                    row_first, row_end = seen(position + (r0 + r) // heads, tile, end_of_tile, window, sinks)
                     before = min(row_end, shared_first)
                     if row_first < before:
                         add_values(
@@ -281,12 +320,38 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                         first_values, acc, padded,
                     )  # fmt: skip
                     for r in range(n):
-                        _, row_end = _seen(position + (r0 + r) // heads, tile, end_of_tile, window, sinks)
+                        _, row_end = seen(position + (r0 + r) // heads, tile, end_of_tile, window, sinks)
                         if shared_end < row_end:
                             add_values(
                                 is_staged, 1, probs + 4 * r * TILE_KEYS, shared_end, row_end, v, v_block_stride, table,
                                 block_size, first_values, acc + 4 * r * padded, padded,
                             )  # fmt: skip
+
+    @device
+    def put_query(source: int, head_dim: int, q: int, row: int) -> None:
+        if is_int8:
+            tile_q = q + row // ROW_TILE * ROW_TILE * (3 * ((head_dim + 15) // 16 * 16) + 16)
+            quantise_query(source, head_dim, tile_q, row % ROW_TILE)
+        else:
+            place = q + 4 * (row // ROW_TILE * ROW_TILE * head_dim + row % ROW_TILE)
+            scatter_floats(source, place, head_dim, 4 * ROW_TILE)
+
+    @device
+    def begin(rows: int, heads: int, head_dim: int, scratch: int) -> None:
+        pass
+
+    @device
+    def end() -> None:
+        pass
+
+    return _Form(begin, end, put_query, attend_part)
+
+
+@cache
+def attention_kernels(storage: str) -> AttentionKernels:
+    """storage: a layer's."""
+    form, is_int8, item = _form_of(storage), storage == "int8", ITEM_NBYTES.get(storage.removesuffix("x2"), 1)
+    begin_parts, end_parts, put_query, attend_part = form.begin, form.end, form.put_query, form.attend_part
 
     def attention(
         worker: int, begin: int, end: int, q: int, q_stride: int, q_head_stride: int, heads: int, kv_heads: int,
@@ -316,7 +381,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
             tokens = min(tile_tokens, end_query - first)
             position = load_i32(seq_lens + 4 * s) - (end_query - first)
             window, sinks = _mask_of(s, layer_window, streams)
-            first_split = _lowest_key(position, window, sinks) // SPLIT_KEYS
+            first_split = lowest_key(position, window, sinks) // SPLIT_KEYS
             # the tokens of the tile before the first that sees the sinks by themselves
             early = max(0, min(tokens, sinks + window - position)) if sinks > 0 else tokens
             first_part = 0 if early < tokens else 1
@@ -327,6 +392,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                 continue
             for r in range(tokens * heads):
                 _start_totals(states + 128 * r, total_accs + 4 * r * padded, padded)
+            begin_parts(tokens * heads, heads, head_dim, scratch + worker * scratch_stride)
             for part in range(first_part, end_part):
                 skipped, source, source_stride, source_head_stride = 0, q, q_stride, q_head_stride
                 first_key = (first_split + part - 1) * SPLIT_KEYS
@@ -340,12 +406,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                     for r in range(rows):
                         t, head = first + skipped + r // heads, h * heads + r % heads
                         row_q = source + t * source_stride + head * source_head_stride
-                        if is_int8:
-                            tile_q = scratch_q + r // ROW_TILE * ROW_TILE * (3 * padded + 16)
-                            quantise_query(row_q, head_dim, tile_q, r % ROW_TILE)
-                        else:
-                            place = scratch_q + 4 * (r // ROW_TILE * ROW_TILE * head_dim + r % ROW_TILE)
-                            scatter_floats(row_q, place, head_dim, 4 * ROW_TILE)
+                        put_query(row_q, head_dim, scratch_q, r)
                 attend_part(
                     first_key, end_key, rows, heads, position + skipped, part_window, part_sinks, scale, cap, head_dim,
                     k + h * k_head_stride, v + h * v_head_stride, kv_heads * k_head_stride, kv_heads * v_head_stride,
@@ -363,6 +424,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                     else:
                         r_total = skipped * heads + r
                         _merge(m, l, acc, padded, states + 128 * r_total + 8, total_accs + 4 * r_total * padded)
+            end_parts()
             if results == 0:
                 for r in range(tokens * heads):
                     t, head = first + r // heads, h * heads + r % heads
@@ -382,7 +444,7 @@ def attention_kernels(dtype: str) -> AttentionKernels:
             position = load_i32(seq_lens + 4 * s) - 1
             window, sinks = _mask_of(s, layer_window, streams)
             first_part = 0 if sinks > 0 and position >= sinks + window else 1
-            end_part = position // SPLIT_KEYS - _lowest_key(position, window, sinks) // SPLIT_KEYS + 2
+            end_part = position // SPLIT_KEYS - lowest_key(position, window, sinks) // SPLIT_KEYS + 2
             for r in range(heads):
                 _start_totals(states, total_acc, padded)
                 for part in range(first_part, end_part):
@@ -393,6 +455,6 @@ def attention_kernels(dtype: str) -> AttentionKernels:
                 _finish(states + 8, total_acc, head_dim, out + s * out_stride + 4 * head * head_dim, row_lse)
 
     return AttentionKernels(
-        Kernel(f"attention.attention-{dtype}", attention),
-        Kernel(f"attention.combine-{dtype}", combine),
+        Kernel(f"attention.attention-{storage}", attention),
+        Kernel(f"attention.combine-{storage}", combine),
     )

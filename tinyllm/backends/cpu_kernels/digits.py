@@ -14,12 +14,13 @@ constant distances, and a tile's steps one after another:
 
     [tile of sixteen rows][step][row of the tile] record
 
-For a matrix unit that multiplies 64 bytes a row, a tile's step (of 32 values) has the same integers in four digits,
+For a matrix unit, which reads up to 64 bytes of each row, a tile's step (of 32 values) has the digits of all rows, then
+what else their records have. Three digits become four of the same integers:
 
     X = 2**12 H + L,   H = 16 H0 + H1,   L = 16 L0 + L1        -128 <= H0, L0 <= 127,   -8 <= H1, L1 <= 7
 
-    [row of the tile]   | H0: 32 bytes | H1 | L0 | L1 |,   and after all sixteen
-    [row of the tile]   | scale | sum of x | -offset * sums of H and L |
+    [row of the tile]   | X: 32 bytes |   or   | H0: 32 bytes | H1 | L0 | L1 |,   and after all sixteen
+    [row of the tile]   | scale | sum of x | -offset * sums of X, or of H and L |, in 16 bytes
 """
 
 from __future__ import annotations
@@ -51,10 +52,12 @@ from tinyllm.backends.cpu_kernels.simd import (
 )
 
 __all__ = [
-    "HALVES_NBYTES",
+    "FACTS_NBYTES",
+    "MATRIX_ROW_NBYTES",
     "TILE_ROWS",
+    "matrix_step_nbytes",
     "power_of_two",
-    "quantise_halves",
+    "quantise_for_matrix",
     "quantise_kernel",
     "quantise_step",
     "record_nbytes",
@@ -65,7 +68,8 @@ __all__ = [
 ]
 
 TILE_ROWS = 16
-HALVES_NBYTES = TILE_ROWS * (128 + 16)  # of a tile's step in four digits
+MATRIX_ROW_NBYTES = {1: 32, 3: 128}  # of a row's digits for a matrix unit
+FACTS_NBYTES = 16  # of the rest of it
 
 i64 = types.int64
 
@@ -88,6 +92,11 @@ def row_nbytes(digits: int, step: int, in_features: int) -> int:
 def tile_nbytes(digits: int, step: int, in_features: int) -> int:
     """Bytes of a tile of rows."""
     return -(-in_features // step) * TILE_ROWS * record_nbytes(digits, step)
+
+
+def matrix_step_nbytes(digits: int) -> int:
+    """Bytes of a tile's step for a matrix unit."""
+    return TILE_ROWS * (MATRIX_ROW_NBYTES[digits] + FACTS_NBYTES)
 
 
 class _Integers(NamedTuple):
@@ -191,17 +200,21 @@ def quantise_step(digits: int, step: int, has_offset: bool) -> Callable[..., Non
     return quantise
 
 
-def _quantise_halves_step(has_offset: bool) -> Callable[..., None]:
+def _quantise_matrix_step(digits: int, has_offset: bool) -> Callable[..., None]:
     """(x, offset, record, facts)"""
 
     @instruction(types.void, i64, i64, i64, i64)
     def quantise_step(b: Builder, x: Value, offset: Value, record: Value, facts: Value) -> None:
-        block = _integers(b, x, 32, power_of_two)
-        halves = split(b, block.values, 12, bias=8)  # else L0 could be 128
-        for at, half in enumerate(halves):
-            for place, digit in enumerate(split(b, half, 4)):
-                _store_bytes(b, digit, record, 64 * at + 32 * place)
-        sums = [_sum(b, half) for half in halves] if has_offset else [_i32(0)] * 2
+        block = _integers(b, x, 32, power_of_two if digits == 3 else _to_127)
+        summed = [block.values]
+        if digits == 1:
+            _store_bytes(b, block.values, record, 0)
+        else:
+            summed = list(split(b, block.values, 12, bias=8))  # else L0 could be 128
+            for at, half in enumerate(summed):
+                for place, digit in enumerate(split(b, half, 4)):
+                    _store_bytes(b, digit, record, 64 * at + 32 * place)
+        sums = [_sum(b, values) for values in summed] if has_offset else [_i32(0)] * len(summed)
         _store_facts(b, facts, 0, block.scale, _sum(b, block.values), offset, sums)
 
     return quantise_step
@@ -229,15 +242,18 @@ def quantise_kernel(digits: int, step: int, has_offset: bool) -> Kernel:
 
 
 @cache
-def quantise_halves(has_offset: bool) -> Kernel:
-    """The same in four digits for a matrix unit."""
-    quantise_step = _quantise_halves_step(has_offset)
+def quantise_for_matrix(digits: int, has_offset: bool) -> Kernel:
+    """The same for a matrix unit, in blocks of 32."""
+    quantise_step, row_nbytes, step_nbytes = (
+        _quantise_matrix_step(digits, has_offset), MATRIX_ROW_NBYTES[digits], matrix_step_nbytes(digits)
+    )  # fmt: skip
 
     def quantise(worker: int, begin: int, end: int, x: int, x_stride: int, steps: int, offset: int, out: int) -> None:
         for row in range(begin // steps, (end + steps - 1) // steps):
             t = row % TILE_ROWS
             for i in range(max(begin - row * steps, 0), min(end - row * steps, steps)):
-                tile = out + (row // TILE_ROWS * steps + i) * HALVES_NBYTES
-                quantise_step(x + row * x_stride + 128 * i, offset, tile + 128 * t, tile + 128 * TILE_ROWS + 16 * t)
+                tile = out + (row // TILE_ROWS * steps + i) * step_nbytes
+                facts = tile + TILE_ROWS * row_nbytes + FACTS_NBYTES * t
+                quantise_step(x + row * x_stride + 128 * i, offset, tile + row_nbytes * t, facts)
 
-    return Kernel(f"digits.halves-{'offset' if has_offset else 'plain'}", quantise)
+    return Kernel(f"digits.matrix-{digits}-{'offset' if has_offset else 'plain'}", quantise)

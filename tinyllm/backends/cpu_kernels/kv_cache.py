@@ -11,6 +11,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from tinyllm.backends.base import F32Array, I32Array, KVCacheSpec
+from tinyllm.backends.cpu_kernels.attention_amx import suits_amx
 from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.half import emit_half_of_float
 from tinyllm.backends.cpu_kernels.int8_vectors import inverse_of, scale_of, store_int8
@@ -48,11 +49,14 @@ _MOST_IN_INT8 = 512  # the elements of a head whose products' sums are int32
 class KVLayer:
     """One layer: k (NB, KH, BS / 16, D, 16) and v (NB, KH, BS, D'), D' = D rounded up to a multiple of 16.
 
+    storage is the dtype, but "bf16x2" where a matrix unit reads bfloat16 in pairs (`attention_amx.py`):
+    k (NB, KH, BS / 16, D / 2, 16, 2) and v (NB, KH, BS / 2, D, 2).
+
     In int8, where scales follow a tile's and a block's numbers: k (NB, KH, BS / 16, 16 D + 64), D rounded up to a
     multiple of 4, and v (NB, KH, BS D' + 4 BS), in bytes.
     """
 
-    dtype: str
+    storage: str
     block_size: int
     head_dim: int
     k: NDArray[np.generic]
@@ -75,12 +79,18 @@ def _padded(head_dim: int, multiple: int = 16) -> int:
     return -(-head_dim // multiple) * multiple
 
 
+def _storage(spec: KVCacheSpec) -> str:
+    return "bf16x2" if spec.dtype == "bf16" and suits_amx(spec.head_dim) else spec.dtype
+
+
 def _shapes(spec: KVCacheSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if spec.dtype not in _STORAGE:
         raise ConfigError(f"kv_dtype {spec.dtype} is for GPUs; the device is cpu")
     if spec.block_size % 16:
         raise ConfigError(f"block_size must be a multiple of 16 on the cpu backend, not {spec.block_size}")
     heads, tiles, padded = (spec.num_blocks, spec.num_kv_heads), spec.block_size // 16, _padded(spec.head_dim)
+    if _storage(spec) == "bf16x2":
+        return (*heads, tiles, spec.head_dim // 2, 16, 2), (*heads, spec.block_size // 2, spec.head_dim, 2)
     if spec.dtype == "int8":
         if spec.head_dim > _MOST_IN_INT8:
             raise ConfigError(f"heads of size {spec.head_dim} in int8: the cpu backend takes at most {_MOST_IN_INT8}")
@@ -105,15 +115,15 @@ def allocate(spec: KVCacheSpec) -> PagedKVCache:
     for _ in range(spec.num_layers):
         k, v = (_zeros(shape, dtype) for shape in _shapes(spec))
         addresses = int(k.ctypes.data), int(v.ctypes.data)
-        layers.append(KVLayer(spec.dtype, spec.block_size, spec.head_dim, k, v, *addresses))
+        layers.append(KVLayer(_storage(spec), spec.block_size, spec.head_dim, k, v, *addresses))
     return PagedKVCache(spec, tuple(layers))
 
 
 # ---- reading and writing
 
 
-def _widened(stored: NDArray[np.generic], dtype: str) -> F32Array:
-    if dtype == "bf16":
+def _widened(stored: NDArray[np.generic], storage: str) -> F32Array:
+    if storage in ("bf16", "bf16x2"):
         return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return stored.astype(np.float32)
 
@@ -135,11 +145,15 @@ def _read_int8(layer: KVLayer, blocks: I32Array, offsets: I32Array) -> tuple[F32
 def read(layer: KVLayer, slots: I32Array) -> tuple[F32Array, F32Array]:
     """The keys and values in slots (T,), (T, KH, D) each."""
     blocks, offsets = np.divmod(slots, layer.block_size)
-    if layer.dtype == "int8":
+    if layer.storage == "int8":
         return _read_int8(layer, blocks, offsets)
-    k = layer.k[blocks, :, offsets // 16, :, offsets % 16]
-    v = layer.v[blocks, :, offsets, : layer.head_dim]
-    return _widened(k, layer.dtype), _widened(v, layer.dtype)
+    if layer.storage == "bf16x2":
+        k = layer.k[blocks, :, offsets // 16, :, offsets % 16].reshape(len(slots), layer.k.shape[1], layer.head_dim)
+        v = layer.v[blocks, :, offsets // 2, :, offsets % 2]
+    else:
+        k = layer.k[blocks, :, offsets // 16, :, offsets % 16]
+        v = layer.v[blocks, :, offsets, : layer.head_dim]
+    return _widened(k, layer.storage), _widened(v, layer.storage)
 
 
 @instruction(types.void, types.int64, types.float32)
@@ -159,12 +173,14 @@ def _store_bf16(b: Builder, address: Value, value: Value) -> None:
 
 
 @cache
-def write_kernel(dtype: str) -> Kernel:
+def write_kernel(storage: str) -> Kernel:
     """A task is a token: its keys and values go to the slot that slot_mapping names."""
-    if dtype == "int8":
+    if storage == "int8":
         return _write_int8()
-    item = 4 if dtype == "f32" else 2
-    store_value = {"f32": store_f32, "f16": _store_f16, "bf16": _store_bf16}[dtype]
+    if storage == "bf16x2":
+        return _write_pairs()
+    item = 4 if storage == "f32" else 2
+    store_value = {"f32": store_f32, "f16": _store_f16, "bf16": _store_bf16}[storage]
 
     def write_kv(
         worker: int, begin: int, end: int, k: int, k_stride: int, k_head_stride: int, v: int, v_stride: int,
@@ -185,7 +201,31 @@ def write_kernel(dtype: str) -> Kernel:
                 for d in range(head_dim):
                     store_value(target + item * d, load_f32(source + 4 * d))
 
-    return Kernel(f"kv_cache.write_kv-{dtype}", write_kv)
+    return Kernel(f"kv_cache.write_kv-{storage}", write_kv)
+
+
+def _write_pairs() -> Kernel:
+    def write_kv(
+        worker: int, begin: int, end: int, k: int, k_stride: int, k_head_stride: int, v: int, v_stride: int,
+        v_head_stride: int, kv_heads: int, head_dim: int, padded: int, keys: int, values: int, block_size: int,
+        slot_mapping: int,
+    ) -> None:  # fmt: skip
+        for t in range(begin, end):
+            slot = load_i32(slot_mapping + 4 * t)
+            block, offset = slot // block_size, slot % block_size
+            for h in range(kv_heads):
+                source = k + t * k_stride + h * k_head_stride
+                at = (block * kv_heads + h) * block_size * 2 * head_dim
+                target = keys + at + offset // 16 * 32 * head_dim + offset % 16 * 4
+                for d in range(0, head_dim, 2):
+                    _store_bf16(target + 32 * d, load_f32(source + 4 * d))
+                    _store_bf16(target + 32 * d + 2, load_f32(source + 4 * d + 4))
+                source = v + t * v_stride + h * v_head_stride
+                target = values + at + offset // 2 * 4 * head_dim + offset % 2 * 2
+                for d in range(head_dim):
+                    _store_bf16(target + 4 * d, load_f32(source + 4 * d))
+
+    return Kernel("kv_cache.write_kv-bf16x2", write_kv)
 
 
 def _write_int8() -> Kernel:

@@ -1,6 +1,6 @@
 """The online softmax of one row over a tile of keys (arXiv:1805.02867), for paged and for dense attention.
 
-m is no more than _SLACK below the largest score so far: moving it means to rescale all that was summed up, and what is
+m is no more than SLACK below the largest score so far: moving it means to rescale all that was summed up, and what is
 left out of it cancels in the end. Most tiles leave it where it is, and none of their lanes need be compared then.
 """
 
@@ -25,9 +25,9 @@ from tinyllm.backends.cpu_kernels.simd import (
 )
 from tinyllm.backends.cpu_kernels.vmath import exp_flushed, exp_scalar, tanh
 
-__all__ = ["TILE_KEYS", "exponentiate", "find_maximum", "softmax_row", "start_row"]
+__all__ = ["SLACK", "TILE_KEYS", "exponentiate", "find_maximum", "softmax_row", "start_row"]
 
-_SLACK = 6.0  # probabilities grow to exp(6) at most
+SLACK = 6.0  # probabilities grow to exp(6) at most
 TILE_KEYS = 64  # keys whose scores are exponentiated together
 
 
@@ -68,7 +68,7 @@ def find_maximum(
                 values = iota_mask(values, first - key, end - key)
             top = maximum(values, top)
         store(scores + 4 * at, values)
-    if at_least(top, splat(old_m + np.float32(_SLACK))) != 0:
+    if at_least(top, splat(old_m + np.float32(SLACK))) != 0:
         new_m = lane_max(top)
         keep = splat(exp_scalar(old_m - new_m))
         store(state + 64, load(state + 64) * keep)

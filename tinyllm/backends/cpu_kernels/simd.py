@@ -21,8 +21,8 @@ __all__ = [
     "LANES", "Vec", "at_least", "atomic_add", "atomic_load", "atomic_store", "call_task", "compare_exchange",
     "copy_floats", "count_bits", "first_bit", "fma", "instruction", "iota_mask", "lane_max", "lane_sum", "load",
     "load_arguments", "load_f32", "load_f64", "load_first", "load_i32", "load_i64", "load_u8", "load_u16", "load_u32",
-    "maximum", "pause", "scatter_floats", "splat", "sqrt", "sqrt_lanes", "store", "store_f32", "store_f64",
-    "store_first", "store_i64", "store_u8", "store_u16", "store_u32", "unordered", "vec", "zeros",
+    "maximum", "pause", "prefetch_to_write", "scatter_floats", "splat", "sqrt", "sqrt_lanes", "store", "store_f32",
+    "store_f64", "store_first", "store_i64", "store_u8", "store_u16", "store_u32", "unordered", "vec", "zeros",
 ]  # fmt: skip
 
 LANES = 16
@@ -77,9 +77,9 @@ def emit_load(b: Builder, address: Value, kind: Any, offset: int | Value = 0, al
     return b.load(pointer(b, address, kind, offset), align=align)
 
 
-def emit_prefetch(b: Builder, address: Value) -> None:
-    """Asks for a cache line that will be read; an address of nothing does no harm."""
-    arguments = (ir.Constant(I32, value) for value in (0, 3, 1))  # to read, to keep, data
+def emit_prefetch(b: Builder, address: Value, to_write: bool = False) -> None:
+    """Asks for a cache line that will be read, or written; an address of nothing does no harm."""
+    arguments = (ir.Constant(I32, value) for value in (int(to_write), 3, 1))  # to keep, data
     emit_call(b, "llvm.prefetch.p0", ir.VoidType(), pointer(b, address, I8), *arguments)
 
 
@@ -215,6 +215,11 @@ def iota_mask(b: Builder, x: Value, first: Value, end: Value) -> Value:
     above = b.icmp_signed(">=", lanes, emit_splat(b, first, kind))
     below = b.icmp_signed("<", lanes, emit_splat(b, end, kind))
     return b.select(b.and_(above, below), x, const_vec(VF, float("-inf")))
+
+
+@instruction(types.void, i64)
+def prefetch_to_write(b: Builder, address: Value) -> None:
+    emit_prefetch(b, address, to_write=True)
 
 
 # ---- one bit for each lane, the first lane's the lowest
