@@ -48,20 +48,23 @@ def test_every_float16_is_read_exactly(way):
     assert np.array_equal(floats[numbers].view(np.uint32), expected[numbers].view(np.uint32))
 
 
-def test_float32_is_rounded_to_nearest_even(way, rng):
+@pytest.mark.parametrize("lanes", [1, 16])
+def test_float32_is_rounded_to_nearest_even(way, lanes, rng):
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     exact = halves[np.isfinite(halves)].astype(np.float32)
     between = (exact[:-1] + exact[1:]) / 2  # ties, most of them
     near = [np.nextafter(between, side) for side in (np.float32(-np.inf), np.float32(np.inf))]
     special = np.array([65519.99, 65520, 65536, 1e30, 1e-30, 1e-8, np.inf, -np.inf, np.nan, 0.0, -0.0], np.float32)
     random = rng.integers(0, 1 << 32, 100_000, dtype=np.uint32).view(np.float32)
-    floats = np.concatenate([exact, between, *near, special, random]).astype(np.float32)
+    floats = np.concatenate([special, exact, between, *near, random]).astype(np.float32)
+    floats = floats[: len(floats) // lanes * lanes]
     found = np.zeros(len(floats), np.float16)
 
     def emit(b, x, out):
-        b.store(half.emit_half_of_float(b, emit_load(b, x, F32)), pointer(b, out, F16), align=1)
+        source, target = (F32, F16) if lanes == 1 else (VF, VH)
+        b.store(half.emit_half_of_float(b, emit_load(b, x, source)), pointer(b, out, target), align=1)
 
-    run(f"write-{way}", emit, len(floats), floats, found, 4, 2)
+    run(f"write-{way}-{lanes}", emit, len(floats) // lanes, floats, found, 4 * lanes, 2 * lanes)
     with np.errstate(over="ignore"):
         expected = floats.astype(np.float16)
     assert np.array_equal(np.isnan(found), np.isnan(expected))

@@ -49,19 +49,19 @@ def emit_float_of_half(b: Builder, x: Value) -> Value:
 
 
 def emit_half_of_float(b: Builder, x: Value) -> Value:
-    """One float32 rounded to float16, to nearest even; infinity beyond 65504 and half a step."""
+    """One float32 or a vector of them rounded to float16, to nearest even; infinity beyond 65504 and half a step."""
     if _NATIVE:
-        return b.fptrunc(x, ir.HalfType())
-    i32, f32 = ir.IntType(32), ir.FloatType()
+        return b.fptrunc(x, _shaped(x.type, ir.HalfType()))
+    i32, f32 = _shaped(x.type, ir.IntType(32)), _shaped(x.type, ir.FloatType())
 
     def const(value: int) -> Value:
-        return ir.Constant(i32, value)
+        return _constant(i32, value)
 
     bits = b.bitcast(x, i32)
     sign = b.and_(bits, const(0x80000000))
     magnitude = b.xor(bits, sign)
     # adding 0.5 leaves the bits of a subnormal float16 at the end of the sum, rounded
-    half = b.fadd(b.bitcast(magnitude, f32), ir.Constant(f32, 0.5))
+    half = b.fadd(b.bitcast(magnitude, f32), _constant(f32, 0.5))
     subnormal = b.sub(b.bitcast(half, i32), const(0x3F000000))
     odd = b.and_(b.lshr(magnitude, const(13)), const(1))
     normal = b.lshr(b.add(b.add(magnitude, const(0xFFF - (112 << 23))), odd), const(13))
@@ -69,4 +69,5 @@ def emit_half_of_float(b: Builder, x: Value) -> Value:
     special = b.select(is_nan, const(0x7E00), const(0x7C00))
     result = b.select(b.icmp_unsigned("<", magnitude, const(113 << 23)), subnormal, normal)
     result = b.select(b.icmp_unsigned("<", magnitude, const(143 << 23)), result, special)
-    return b.bitcast(b.trunc(b.or_(result, b.lshr(sign, const(16))), ir.IntType(16)), ir.HalfType())
+    bits16 = b.trunc(b.or_(result, b.lshr(sign, const(16))), _shaped(x.type, ir.IntType(16)))
+    return b.bitcast(bits16, _shaped(x.type, ir.HalfType()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,11 +19,21 @@ from tinyllm.backends.cpu_kernels.int8_vectors import inverse_of, scale_of, stor
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.memory import sparse_zeros
 from tinyllm.backends.cpu_kernels.simd import (
-    F16,
+    F32,
+    I1,
     I16,
     I32,
+    LANES,
+    V16,
+    V32,
+    VF,
     Builder,
     Value,
+    const,
+    const_vec,
+    emit_call,
+    emit_load,
+    emit_splat,
     instruction,
     load_f32,
     load_i32,
@@ -42,6 +53,7 @@ _STORAGE: dict[str, np.dtype[np.generic]] = {
 }
 
 
+_ITEM_NBYTES = {name: dtype.itemsize for name, dtype in _STORAGE.items()}
 _MOST_IN_INT8 = 512  # the elements of a head whose products' sums are int32
 
 
@@ -156,20 +168,57 @@ def read(layer: KVLayer, slots: I32Array) -> tuple[F32Array, F32Array]:
     return _widened(k, layer.storage), _widened(v, layer.storage)
 
 
-@instruction(types.void, types.int64, types.float32)
-def _store_f16(b: Builder, address: Value, value: Value) -> None:
-    """Rounded to nearest even; beyond 65504 (and half a step) infinity."""
-    b.store(emit_half_of_float(b, value), pointer(b, address, F16), align=2)
+def _bf16_of_float(b: Builder, x: Value) -> Value:
+    """The upper halves of float32, rounded to nearest even; NaN becomes 0x7fc0. One of them, or a vector."""
+    kind, half = (V32, V16) if isinstance(x.type, ir.VectorType) else (I32, I16)
+
+    def constant(value: int) -> Value:
+        return const_vec(kind, value) if kind is V32 else ir.Constant(kind, value)
+
+    bits = b.bitcast(x, kind)
+    odd = b.and_(b.lshr(bits, constant(16)), constant(1))
+    rounded = b.add(bits, b.add(constant(0x7FFF), odd))
+    chosen = b.select(b.fcmp_unordered("uno", x, x), constant(0x7FC00000), rounded)
+    return b.trunc(b.lshr(chosen, constant(16)), half)
 
 
-@instruction(types.void, types.int64, types.float32)
-def _store_bf16(b: Builder, address: Value, value: Value) -> None:
-    """The upper half of the float32, rounded to nearest even; NaN becomes 0x7fc0."""
-    bits = b.bitcast(value, I32)
-    one, odd = ir.Constant(I32, 1), ir.Constant(I32, 0x7FFF)
-    rounded = b.add(bits, b.add(odd, b.and_(b.lshr(bits, ir.Constant(I32, 16)), one)))
-    chosen = b.select(b.fcmp_unordered("uno", value, value), ir.Constant(I32, 0x7FC00000), rounded)
-    b.store(b.trunc(b.lshr(chosen, ir.Constant(I32, 16)), I16), pointer(b, address, I16), align=2)
+def _rounding(storage: str) -> Callable[[Builder, Value], Value]:
+    """From float32, one or a vector of them, to what is stored."""
+    if storage == "f32":
+        return lambda b, x: x
+    return emit_half_of_float if storage == "f16" else _bf16_of_float
+
+
+def _writers(storage: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """put(source, target, stride): sixteen elements, to places `stride` bytes apart; put_one: one."""
+    rounded = _rounding(storage)
+
+    @instruction(types.void, *(types.int64,) * 3)
+    def put(b: Builder, source: Value, target: Value, stride: Value) -> None:
+        values = rounded(b, emit_load(b, source, VF, align=4))
+        kind = values.type.element
+        for lane in range(LANES):
+            value = b.extract_element(values, ir.Constant(I32, lane))
+            b.store(value, pointer(b, target, kind, b.mul(stride, const(lane))), align=_ITEM_NBYTES[storage])
+
+    @instruction(types.void, *(types.int64,) * 2)
+    def put_one(b: Builder, source: Value, target: Value) -> None:
+        value = rounded(b, emit_load(b, source, F32, align=4))
+        b.store(value, pointer(b, target, value.type), align=_ITEM_NBYTES[storage])
+
+    return put, put_one
+
+
+def _row_writer(storage: str) -> Callable[[int, int], None]:
+    """(source, target): sixteen elements, to consecutive places."""
+    rounded = _rounding(storage)
+
+    @instruction(types.void, *(types.int64,) * 2)
+    def put_row(b: Builder, source: Value, target: Value) -> None:
+        values = rounded(b, emit_load(b, source, VF, align=4))
+        b.store(values, pointer(b, target, values.type), align=_ITEM_NBYTES[storage])
+
+    return put_row
 
 
 @cache
@@ -179,14 +228,15 @@ def write_kernel(storage: str) -> Kernel:
         return _write_int8()
     if storage == "bf16x2":
         return _write_pairs()
-    item = 4 if storage == "f32" else 2
-    store_value = {"f32": store_f32, "f16": _store_f16, "bf16": _store_bf16}[storage]
+    item = _ITEM_NBYTES[storage]
+    (put, put_one), put_row = _writers(storage), _row_writer(storage)
 
     def write_kv(
         worker: int, begin: int, end: int, k: int, k_stride: int, k_head_stride: int, v: int, v_stride: int,
         v_head_stride: int, kv_heads: int, head_dim: int, padded: int, keys: int, values: int, block_size: int,
         slot_mapping: int,
     ) -> None:  # fmt: skip
+        whole = head_dim // 16 * 16
         for t in range(begin, end):
             slot = load_i32(slot_mapping + 4 * t)
             block, offset = slot // block_size, slot % block_size
@@ -194,14 +244,40 @@ def write_kernel(storage: str) -> Kernel:
                 source = k + t * k_stride + h * k_head_stride
                 at = (block * kv_heads + h) * block_size
                 target = keys + item * ((at + offset // 16 * 16) * head_dim + offset % 16)
-                for d in range(head_dim):
-                    store_value(target + item * 16 * d, load_f32(source + 4 * d))
+                for d in range(0, whole, 16):
+                    put(source + 4 * d, target + item * 16 * d, item * 16)
+                for d in range(whole, head_dim):
+                    put_one(source + 4 * d, target + item * 16 * d)
                 source = v + t * v_stride + h * v_head_stride
                 target = values + item * (at + offset) * padded
-                for d in range(head_dim):
-                    store_value(target + item * d, load_f32(source + 4 * d))
+                for d in range(0, whole, 16):
+                    put_row(source + 4 * d, target + item * d)
+                for d in range(whole, head_dim):
+                    put_one(source + 4 * d, target + item * d)
 
     return Kernel(f"kv_cache.write_kv-{storage}", write_kv)
+
+
+@instruction(types.void, *(types.int64,) * 2)
+def _put_key_pairs(b: Builder, source: Value, target: Value) -> None:
+    """Sixteen elements of a key, in pairs, to a tile of keys."""
+    values = _bf16_of_float(b, emit_load(b, source, VF, align=4))
+    pairs = b.bitcast(values, ir.VectorType(I32, LANES // 2))
+    for i in range(LANES // 2):
+        b.store(b.extract_element(pairs, ir.Constant(I32, i)), pointer(b, target, I32, 64 * i), align=4)
+
+
+@instruction(types.void, *(types.int64,) * 3)
+def _put_every_other(b: Builder, source: Value, target: Value, odd: Value) -> None:
+    """Sixteen elements of a value to where they lie beside another key's, which another thread may be writing."""
+    kind, where = ir.VectorType(I16, 2 * LANES), ir.VectorType(I1, 2 * LANES)
+    shift = emit_splat(b, b.trunc(b.mul(odd, const(16)), I32), V32)
+    values = b.zext(_bf16_of_float(b, emit_load(b, source, VF, align=4)), V32)
+    kept = b.bitcast(b.shl(const_vec(V32, 0xFFFF), shift), kind)
+    mask = b.icmp_signed("!=", kept, ir.Constant(kind, [0] * (2 * LANES)))
+    arguments = b.bitcast(b.shl(values, shift), kind), pointer(b, target, kind), ir.Constant(I32, 2), mask
+    assert mask.type == where
+    emit_call(b, "llvm.masked.store.v32i16.p0", ir.VoidType(), *arguments)
 
 
 def _write_pairs() -> Kernel:
@@ -217,13 +293,12 @@ def _write_pairs() -> Kernel:
                 source = k + t * k_stride + h * k_head_stride
                 at = (block * kv_heads + h) * block_size * 2 * head_dim
                 target = keys + at + offset // 16 * 32 * head_dim + offset % 16 * 4
-                for d in range(0, head_dim, 2):
-                    _store_bf16(target + 32 * d, load_f32(source + 4 * d))
-                    _store_bf16(target + 32 * d + 2, load_f32(source + 4 * d + 4))
+                for d in range(0, head_dim, 16):
+                    _put_key_pairs(source + 4 * d, target + 32 * d)
                 source = v + t * v_stride + h * v_head_stride
-                target = values + at + offset // 2 * 4 * head_dim + offset % 2 * 2
-                for d in range(head_dim):
-                    _store_bf16(target + 4 * d, load_f32(source + 4 * d))
+                target = values + at + offset // 2 * 4 * head_dim
+                for d in range(0, head_dim, 16):
+                    _put_every_other(source + 4 * d, target + 4 * d, offset % 2)
 
     return Kernel("kv_cache.write_kv-bf16x2", write_kv)
 
