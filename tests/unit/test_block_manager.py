@@ -33,7 +33,18 @@ def test_blocks_are_taken_in_order_on_demand_and_given_back_last_first() -> None
     assert a.block_table == []
     c = make_sequence(range(20))
     assert manager.append_slots(c, 20) == []
-    assert c.block_table == [4, 5, 3, 2, 0], "free blocks come first in, first out; a sequence's tail is freed first"
+    assert c.block_table == [0, 2, 3, 4, 5], "blocks that hold nothing are taken again first, as they lay in a sequence"
+
+
+def test_a_free_block_that_holds_nothing_is_taken_before_a_cached_one() -> None:
+    manager = BlockManager(num_blocks=4, block_size=4)
+    a, b = computed(manager, make_sequence(range(8))), computed(manager, make_sequence(range(10, 16)))
+    assert (a.block_table, b.block_table) == ([0, 1], [2, 3])
+    manager.free(a)
+    manager.free(b)
+    c = make_sequence(range(20, 36))
+    assert manager.append_slots(c, 5) == []
+    assert (c.block_table, manager.take_evicted()) == ([3, 1], [1]), "the block half full, then a cached chain's end"
 
 
 def test_nothing_changes_when_blocks_run_short() -> None:
@@ -162,7 +173,7 @@ def test_a_hit_makes_a_free_block_recent_again() -> None:
     manager.free(again)
     last = make_sequence(range(20, 36))
     assert manager.append_slots(last, 16) == []
-    assert last.block_table == [2, 3, 1, 0]
+    assert last.block_table == [3, 2, 1, 0], "the block that holds nothing first"
 
 
 def test_to_write_in_a_cached_block_is_to_copy_it() -> None:
@@ -330,15 +341,20 @@ class BlockManagerMachine(RuleBasedStateMachine):
         free, table = list(self.manager._free), sequence.block_table.copy()
         self.manager.release_unseen(sequence)
         gone = [b for b, now in zip(table, sequence.block_table, strict=True) if b != now]
-        assert list(self.manager._free) == free + [b for b in gone if self.manager.ref_counts[b] == 0]
+        assert list(self.manager._free) == self._after_freeing(free, gone)
 
     @rule(sequence=consumes(sequences))
     def free(self, sequence: Sequence) -> None:
         free, table = list(self.manager._free), sequence.block_table
         self.manager.free(sequence)
-        freed = [b for b in reversed(table) if b != RELEASED and self.manager.ref_counts[b] == 0]
-        assert list(self.manager._free) == free + freed, "at the end of the list, the last block first"
+        assert list(self.manager._free) == self._after_freeing(free, [b for b in reversed(table) if b != RELEASED])
         self.live.remove(sequence)
+
+    def _after_freeing(self, free: list[int], dropped: list[int]) -> list[int]:
+        """Cached blocks go to the end of the list, those that hold nothing to its beginning."""
+        freed = [b for b in dropped if self.manager.ref_counts[b] == 0]
+        cached = [b for b in freed if self.manager.is_cached(b)]
+        return [b for b in reversed(freed) if not self.manager.is_cached(b)] + free + cached
 
     @invariant()
     def everyone_reads_what_it_wrote(self) -> None:

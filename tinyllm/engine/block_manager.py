@@ -4,10 +4,11 @@ prefixes that are found again by the hash of their tokens.
 A block is free (nobody holds it) or held (by one sequence or more). A full block may be cached besides: its contents
 can be found by a later sequence with the same tokens up to the block's end, until the block is needed for others.
 
-    free list:  head -> least recently freed ... most recently freed <- tail
-                allocate here                    free here, a chain's last block first
+    free list:  head -> others | cached: least recently freed ... most recently freed <- tail
+                allocate here             free here, a chain's last block first
 
-so of the free cached blocks those unused for longest go first, and of one chain its end before its beginning.
+so a block that holds nothing is taken before one that does (of those the last freed, whose memory is warm), and of the
+cached blocks those unused for longest go first, of one chain its end before its beginning.
 """
 
 from __future__ import annotations
@@ -263,6 +264,8 @@ class BlockManager:
         self.ref_counts[block] -= 1
         if self.ref_counts[block] == 0:
             self._free[block] = None
+            if block not in self._cached:
+                self._free.move_to_end(block, last=False)
 
     def _tokens(self, sequence: Sequence, i: int) -> tuple[int, ...]:
         return tuple(sequence.token_ids[i * self.block_size : (i + 1) * self.block_size])
