@@ -118,7 +118,7 @@ MUTANTS = (
         MATRIX_UNIT,
         "part_codes = codes + g * codes_nbytes",
         "part_codes = codes + min(g + 1, n_groups - 1) * codes_nbytes",
-        LINEAR,
+        INTEGERS,
     ),
     Mutant("digits: the first of four overflows", DIGITS, "bias=8)", "bias=0)", INTEGERS),
     Mutant(
