@@ -267,28 +267,37 @@ def amx_attention() -> AmxAttention:
             keys1 = keys_at(min(max(tile + 16, at[0]), at[1]), k, k_block_stride, table, block_size, head_dim)
             keys2 = keys_at(min(max(tile + 32, at[0]), at[1]), k, k_block_stride, table, block_size, head_dim)
             keys3 = keys_at(min(max(tile + 48, at[0]), at[1]), k, k_block_stride, table, block_size, head_dim)
+            # all rows see all of the tile: most tiles, and then there is little to ask of each row
+            whole = lowest_key(last_position, window, sinks) <= tile and tile + TILE_KEYS <= min(end_key, position + 1)
+            steps = head_dim // 32
+            _score_tile(q, keys0, keys1, keys2, keys3, steps, all_scores)
             for r0 in range(0, rows, AMX_ROWS):
                 end_row = min(r0 + AMX_ROWS, rows)
-                least = lowest_key(position + r0 // heads, window, sinks)
-                if min(end_of_tile, position + (end_row - 1) // heads + 1) <= max(tile, least):
-                    continue
-                probs = all_scores + r0 * _SCORES
-                _score_tile(q + r0 * 2 * head_dim, keys0, keys1, keys2, keys3, head_dim // 32, probs)
                 for r in range(r0, end_row):
-                    row_first, row_end = seen(position + r // heads, tile, end_of_tile, window, sinks)
+                    row_first, row_end = tile, tile + TILE_KEYS
+                    if not whole:
+                        row_first, row_end = seen(position + r // heads, tile, end_of_tile, window, sinks)
                     if row_first < row_end:
                         move_maximum(
                             all_scores + r * _SCORES, tile, row_first, row_end, scale, cap, states + 128 * r,
                             accs + 4 * r * head_dim, head_dim,
                         )  # fmt: skip
                 for r in range(r0, end_row):
-                    row_first, row_end = seen(position + r // heads, tile, end_of_tile, window, sinks)
+                    row_first, row_end = tile, tile + TILE_KEYS
+                    if not whole:
+                        row_first, row_end = seen(position + r // heads, tile, end_of_tile, window, sinks)
                     if row_first < row_end:
                         exponentiate_bf16(all_scores + r * _SCORES, states + 128 * r, factor)
                     else:
                         store(all_scores + r * _SCORES, zeros())
                         store(all_scores + r * _SCORES + 64, zeros())
-                acc = accs + 4 * r0 * head_dim
+                if end_row < rows:  # the matrix unit has something to do until the probabilities are there
+                    next_scores = all_scores + end_row * _SCORES
+                    _score_tile(q + end_row * 2 * head_dim, keys0, keys1, keys2, keys3, steps, next_scores)
+                least = lowest_key(position + r0 // heads, window, sinks)
+                if min(end_of_tile, position + (end_row - 1) // heads + 1) <= max(tile, least):
+                    continue
+                probs, acc = all_scores + r0 * _SCORES, accs + 4 * r0 * head_dim
                 if together:
                     _weigh(probs, staged, first_step, end_step, acc, acc, head_dim)
                     continue
