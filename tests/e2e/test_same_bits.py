@@ -304,6 +304,9 @@ def test_quantised_weights(kinds: list[str], activations: str, tmp_path: Path) -
     failures += run(setting, chosen[1:3], batch=2, block_size=32, threads=1)
     failures += run(replace(setting, kv_dtype="f16"), chosen[2:4], batch=5, block_size=48, threads=2)
     failures += run(replace(setting, kv_dtype="int8"), chosen[1:], batch=6, block_size=16, threads=2)
+    failures += run(replace(setting, kv_dtype="bf16"), chosen, batch=17, block_size=16, threads=2, abort=True)
+    streaming = replace(setting, kv_dtype="bf16", window=37, sinks=5)  # heads of 32: on AMX where there is one
+    failures += run(streaming, [c for c in chosen if not c.restore], batch=9, block_size=32, threads=2)
     assert not failures, "\n".join(failures[:10])
 
 
