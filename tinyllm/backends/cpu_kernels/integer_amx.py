@@ -123,13 +123,19 @@ def amx_worker_nbytes(in_features: int) -> int:
 
 
 def groups_of_task(rows: int, out_features: int, workers: int) -> int:
-    """How many groups of sixteen outputs a task takes: one for a pair of tiles, which reads each group's B but once,
+    """How many groups of sixteen outputs a task takes: one for a pair of tiles, which reads each group's B but once;
 
-    and so few that there are some tasks for each worker.
+    else as many as keep the workers evenly busy.
     """
     if rows <= _PAIR * TILE_ROWS:
         return 1
-    return max(1, min(_SPAN, -(-out_features // 16) // (4 * workers)))
+    groups = -(-out_features // 16)
+
+    def longest(span: int) -> int:
+        """Groups of the worker that has most of them."""
+        return -(-groups // (span * workers)) * span
+
+    return min(range(_SPAN, 0, -1), key=longest)
 
 
 def _configure(operands: _Operands) -> Callable[[int], None]:
