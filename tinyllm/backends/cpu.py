@@ -21,7 +21,15 @@ from tinyllm.backends.cpu_kernels import attention, rows
 from tinyllm.backends.cpu_kernels.amx import has_amx
 from tinyllm.backends.cpu_kernels.attention_amx import suits_amx
 from tinyllm.backends.cpu_kernels.jit import Kernel, address_of
-from tinyllm.backends.cpu_kernels.kv_cache import KVLayer, PagedKVCache, allocate, cache_nbytes, read, write_kernel
+from tinyllm.backends.cpu_kernels.kv_cache import (
+    TOKENS,
+    KVLayer,
+    PagedKVCache,
+    allocate,
+    cache_nbytes,
+    read,
+    write_kernel,
+)
 from tinyllm.backends.cpu_kernels.memory import aligned_zeros
 from tinyllm.backends.cpu_kernels.packing import PackedWeight, packed_nbytes
 from tinyllm.backends.cpu_kernels.threads import JOB, ThreadPool
@@ -261,9 +269,9 @@ class CpuBackend(CpuLinear, CpuFlashAttention, CpuSampling, HostBackend):
         assert k.strides[2] == 4 and v.strides[2] == 4 and slot_mapping.shape == (T,)
         assert slot_mapping.strides[0] == 4
         self._run(
-            write_kernel(layer.storage), T, 4 * T * KH * D, address(k), k.strides[0], k.strides[1], address(v),
-            v.strides[0], v.strides[1], KH, D, -(-D // 16) * 16, layer.k_address, layer.v_address, layer.block_size,
-            address(slot_mapping),
+            write_kernel(layer.storage), -(-T // TOKENS), 4 * T * KH * D, T, address(k), k.strides[0], k.strides[1],
+            address(v), v.strides[0], v.strides[1], KH, D, -(-D // 16) * 16, layer.k_address, layer.v_address,
+            layer.block_size, address(slot_mapping),
         )  # fmt: skip
 
     def read_kv(self, layer: KVLayer, slots: I32Array) -> tuple[F32Array, F32Array]:

@@ -43,7 +43,7 @@ from tinyllm.backends.cpu_kernels.simd import (
 from tinyllm.backends.int8_vectors import dequantized
 from tinyllm.errors import ConfigError
 
-__all__ = ["KVLayer", "PagedKVCache", "allocate", "cache_nbytes", "read", "write_kernel"]
+__all__ = ["TOKENS", "KVLayer", "PagedKVCache", "allocate", "cache_nbytes", "read", "write_kernel"]
 
 _STORAGE: dict[str, np.dtype[np.generic]] = {
     "f32": np.dtype(np.float32),
@@ -54,6 +54,7 @@ _STORAGE: dict[str, np.dtype[np.generic]] = {
 
 
 _ITEM_NBYTES = {name: dtype.itemsize for name, dtype in _STORAGE.items()}
+TOKENS = 16  # that mostly lie in one tile of keys: two threads in one would contend for its cache lines
 _MOST_IN_INT8 = 512  # the elements of a head whose products' sums are int32
 
 
@@ -223,7 +224,7 @@ def _row_writer(storage: str) -> Callable[[int, int], None]:
 
 @cache
 def write_kernel(storage: str) -> Kernel:
-    """A task is a token: its keys and values go to the slot that slot_mapping names."""
+    """A task is TOKENS tokens: their keys and values go to the slots that slot_mapping names."""
     if storage == "int8":
         return _write_int8()
     if storage == "bf16x2":
@@ -232,12 +233,12 @@ def write_kernel(storage: str) -> Kernel:
     (put, put_one), put_row = _writers(storage), _row_writer(storage)
 
     def write_kv(
-        worker: int, begin: int, end: int, k: int, k_stride: int, k_head_stride: int, v: int, v_stride: int,
-        v_head_stride: int, kv_heads: int, head_dim: int, padded: int, keys: int, values: int, block_size: int,
-        slot_mapping: int,
+        worker: int, begin: int, end: int, tokens: int, k: int, k_stride: int, k_head_stride: int, v: int,
+        v_stride: int, v_head_stride: int, kv_heads: int, head_dim: int, padded: int, keys: int, values: int,
+        block_size: int, slot_mapping: int,
     ) -> None:  # fmt: skip
         whole = head_dim // 16 * 16
-        for t in range(begin, end):
+        for t in range(TOKENS * begin, min(TOKENS * end, tokens)):
             slot = load_i32(slot_mapping + 4 * t)
             block, offset = slot // block_size, slot % block_size
             for h in range(kv_heads):
@@ -282,11 +283,11 @@ def _put_every_other(b: Builder, source: Value, target: Value, odd: Value) -> No
 
 def _write_pairs() -> Kernel:
     def write_kv(
-        worker: int, begin: int, end: int, k: int, k_stride: int, k_head_stride: int, v: int, v_stride: int,
-        v_head_stride: int, kv_heads: int, head_dim: int, padded: int, keys: int, values: int, block_size: int,
-        slot_mapping: int,
+        worker: int, begin: int, end: int, tokens: int, k: int, k_stride: int, k_head_stride: int, v: int,
+        v_stride: int, v_head_stride: int, kv_heads: int, head_dim: int, padded: int, keys: int, values: int,
+        block_size: int, slot_mapping: int,
     ) -> None:  # fmt: skip
-        for t in range(begin, end):
+        for t in range(TOKENS * begin, min(TOKENS * end, tokens)):
             slot = load_i32(slot_mapping + 4 * t)
             block, offset = slot // block_size, slot % block_size
             for h in range(kv_heads):
@@ -305,12 +306,12 @@ def _write_pairs() -> Kernel:
 
 def _write_int8() -> Kernel:
     def write_kv(
-        worker: int, begin: int, end: int, k: int, k_stride: int, k_head_stride: int, v: int, v_stride: int,
-        v_head_stride: int, kv_heads: int, head_dim: int, padded: int, keys: int, values: int, block_size: int,
-        slot_mapping: int,
+        worker: int, begin: int, end: int, tokens: int, k: int, k_stride: int, k_head_stride: int, v: int,
+        v_stride: int, v_head_stride: int, kv_heads: int, head_dim: int, padded: int, keys: int, values: int,
+        block_size: int, slot_mapping: int,
     ) -> None:  # fmt: skip
         words = (head_dim + 3) // 4 * 4
-        for t in range(begin, end):
+        for t in range(TOKENS * begin, min(TOKENS * end, tokens)):
             slot = load_i32(slot_mapping + 4 * t)
             block, offset = slot // block_size, slot % block_size
             for h in range(kv_heads):
