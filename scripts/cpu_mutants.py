@@ -14,7 +14,7 @@ from mutants import Mutant, main
 KERNELS = "tinyllm/backends/cpu_kernels/"
 DIGITS, DOT = KERNELS + "digits.py", KERNELS + "integer_dot.py"
 PRODUCTS, MATRIX_UNIT = KERNELS + "integer_linear.py", KERNELS + "integer_amx.py"
-ON_AMX, SOFTMAX = KERNELS + "attention_amx.py", KERNELS + "softmax_bf16.py"
+ON_AMX, SOFTMAX = KERNELS + "attention_amx.py", KERNELS + "online_softmax.py"
 FORMATS, TILES, ATTENTION = KERNELS + "formats.py", KERNELS + "attention_tiles.py", KERNELS + "attention.py"
 INT8, VECTORS, CACHE = (f"{KERNELS}{name}.py" for name in ("attention_int8", "int8_vectors", "kv_cache"))
 LINEAR_OP, PROGRAM, BACKEND = (f"tinyllm/backends/{name}.py" for name in ("cpu_linear", "cpu_program", "cpu"))
@@ -265,7 +265,7 @@ MUTANTS = (
         PAGED,
     ),
     Mutant(
-        "softmax in bfloat16: the sum is not moved with the maximum",
+        "softmax: the sum is not moved with the maximum",
         SOFTMAX,
         "store(state + 64, load(state + 64) * keep)",
         "pass",
@@ -281,8 +281,15 @@ MUTANTS = (
     Mutant(
         "pairs: an odd key lies where the even one does",
         CACHE,
-        "offset // 2 * 4 * head_dim + offset % 2 * 2",
-        "offset // 2 * 4 * head_dim",
+        "_put_every_other(source + 4 * d, target + 4 * d, offset % 2)",
+        "_put_every_other(source + 4 * d, target + 4 * d, 0)",
+        PAGED,
+    ),
+    Mutant(
+        "pairs: a key overwrites its neighbour",
+        CACHE,
+        "kept = b.bitcast(b.shl(const_vec(V32, 0xFFFF), shift), kind)",
+        "kept = b.bitcast(const_vec(V32, -1), kind)",
         PAGED,
     ),
 )

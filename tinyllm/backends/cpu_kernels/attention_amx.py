@@ -57,7 +57,7 @@ from tinyllm.backends.cpu_kernels.simd import (
     store,
     zeros,
 )
-from tinyllm.backends.cpu_kernels.softmax_bf16 import exponentiate_bf16, move_maximum, round_to_bf16
+from tinyllm.backends.cpu_kernels.softmax_bf16 import exponentiate_bf16, find_maximum_bf16, round_to_bf16
 
 __all__ = ["AMX_ROWS", "AmxAttention", "amx_attention", "suits_amx"]
 
@@ -278,7 +278,7 @@ def amx_attention() -> AmxAttention:
                     if not whole:
                         row_first, row_end = seen(position + r // heads, tile, end_of_tile, window, sinks)
                     if row_first < row_end:
-                        move_maximum(
+                        find_maximum_bf16(
                             all_scores + r * _SCORES, tile, row_first, row_end, scale, cap, states + 128 * r,
                             accs + 4 * r * head_dim, head_dim,
                         )  # fmt: skip

@@ -25,7 +25,7 @@ from tinyllm.backends.cpu_kernels.simd import (
 )
 from tinyllm.backends.cpu_kernels.vmath import exp_flushed, exp_scalar, tanh
 
-__all__ = ["SLACK", "TILE_KEYS", "exponentiate", "find_maximum", "softmax_row", "start_row"]
+__all__ = ["SLACK", "TILE_KEYS", "exponentiate", "find_maximum", "move_maximum", "softmax_row", "start_row"]
 
 SLACK = 6.0  # probabilities grow to exp(6) at most
 TILE_KEYS = 64  # keys whose scores are exponentiated together
@@ -36,6 +36,18 @@ def start_row(state: int) -> None:
     """state, 128 bytes: m, and 64 bytes further sixteen lanes whose sum is l."""
     store_f32(state, -math.inf)
     store(state + 64, zeros())
+
+
+@device
+def move_maximum(new_m: float, state: int, acc: int, columns: int) -> None:
+    """m becomes new_m; l and acc are rescaled, if anything was summed up yet."""
+    old_m = load_f32(state)
+    if old_m != -math.inf:
+        keep = splat(exp_scalar(old_m - new_m))
+        store(state + 64, load(state + 64) * keep)
+        for d in range(0, columns, 16):
+            store(acc + 4 * d, load(acc + 4 * d) * keep)
+    store_f32(state, new_m)
 
 
 @device
@@ -69,12 +81,7 @@ def find_maximum(
             top = maximum(values, top)
         store(scores + 4 * at, values)
     if at_least(top, splat(old_m + np.float32(SLACK))) != 0:
-        new_m = lane_max(top)
-        keep = splat(exp_scalar(old_m - new_m))
-        store(state + 64, load(state + 64) * keep)
-        for d in range(0, columns, 16):
-            store(acc + 4 * d, load(acc + 4 * d) * keep)
-        store_f32(state, new_m)
+        move_maximum(lane_max(top), state, acc, columns)
 
 
 @device

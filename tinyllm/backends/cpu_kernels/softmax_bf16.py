@@ -15,7 +15,7 @@ from llvmlite import ir
 
 from tinyllm.backends.cpu_kernels.deferred import types
 from tinyllm.backends.cpu_kernels.jit import device
-from tinyllm.backends.cpu_kernels.online_softmax import SLACK, TILE_KEYS
+from tinyllm.backends.cpu_kernels.online_softmax import SLACK, TILE_KEYS, move_maximum
 from tinyllm.backends.cpu_kernels.simd import (
     I16,
     I32,
@@ -38,12 +38,11 @@ from tinyllm.backends.cpu_kernels.simd import (
     pointer,
     splat,
     store,
-    store_f32,
     vec,
 )
-from tinyllm.backends.cpu_kernels.vmath import exp_scalar, tanh
+from tinyllm.backends.cpu_kernels.vmath import tanh
 
-__all__ = ["exponentiate_bf16", "move_maximum", "round_to_bf16"]
+__all__ = ["exponentiate_bf16", "find_maximum_bf16", "round_to_bf16"]
 
 _LOG2_E = np.float32(math.log2(math.e))
 _POLYNOMIAL = (0.013534137, 0.05201149, 0.24144276, 0.69300383, 1.0000026)  # of 2**f, 0 <= f < 1, from f**4 down
@@ -88,7 +87,7 @@ def _exp2(b: Builder, x: Value) -> Value:
 
 
 @device
-def move_maximum(
+def find_maximum_bf16(
     scores: int, tile: int, first: int, end: int, scale: float, cap: float, state: int, acc: int, columns: int
 ) -> None:
     """find_maximum, but scores that are neither capped nor masked stay unscaled."""
@@ -106,13 +105,7 @@ def move_maximum(
             store(scores + 4 * at, values)
     top = maximum(maximum(load(scores), load(scores + 64)), maximum(load(scores + 128), load(scores + 192)))
     if at_least(top * splat(factor), splat(old_m + np.float32(SLACK))) != 0:
-        new_m = lane_max(top) * factor
-        if old_m != -math.inf:  # else nothing was summed up yet
-            keep = splat(exp_scalar(old_m - new_m))
-            store(state + 64, load(state + 64) * keep)
-            for d in range(0, columns, 16):
-                store(acc + 4 * d, load(acc + 4 * d) * keep)
-        store_f32(state, new_m)
+        move_maximum(lane_max(top) * factor, state, acc, columns)
 
 
 @device
