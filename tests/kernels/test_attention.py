@@ -59,7 +59,7 @@ def _attend(sequences, spans, tables, cache):
 BF16 = [  # heads, kv heads, head dim, block size, window, softcap: multiples of 32 are for AMX, where there is one
     (9, 3, 64, 16, None, 0.0),
     (8, 1, 128, 48, 70, 5.0),
-    (40, 1, 32, 16, 300, 0.0),
+    (24, 1, 32, 16, 300, 0.0),
     (2, 2, 96, 64, 1, 30.0),
     (3, 1, 48, 16, None, 0.0),
 ]
@@ -75,11 +75,9 @@ def test_bfloat16_errs_no_more_than_rounding_can(heads, kv_heads, head_dim, bloc
     out, lse = cpu.paged_attention(
         *_attend(sequences, spans, tables, cache), scale=scale, window=window, softcap=softcap
     )  # fmt: skip
-    unrounded = [sequences.exact(s, "bf16", scale, window, softcap) for s, _, _ in spans]
-    sequences.queries[:] = [rounded(q, "bf16") for q in sequences.queries]
+    if suits_amx(head_dim):
+        sequences.queries[:] = [rounded(q, "bf16") for q in sequences.queries]
     wanted = [sequences.exact(s, "bf16", scale, window, softcap) for s, _, _ in spans]
-    if not suits_amx(head_dim):
-        wanted = unrounded
     sequences.values[:] = [np.abs(v) for v in sequences.values]
     magnitudes = [sequences.exact(s, "bf16", scale, window, softcap)[0] for s, _, _ in spans]
     at, errors = 0, []
