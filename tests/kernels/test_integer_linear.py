@@ -105,13 +105,20 @@ def test_one_digit_has_a_step_of_the_largest_over_127(step, rng):
         np.testing.assert_array_equal(sums, totals * scales)
 
 
+def matrix_tiles(x, digits, offset):
+    """What the kernel makes of x (T, K) for the matrix unit: (tiles, steps, bytes)."""
+    T, steps = len(x), x.shape[1] // 32
+    out = np.zeros((-(-T // 16), steps, matrix_step_nbytes(digits)), np.uint8)
+    arguments = x.ctypes.data, x.strides[0], steps, offset, out.ctypes.data
+    CpuBackend(1)._run(quantise_for_matrix(digits, offset != 0), T * steps, 0, *arguments)
+    return out
+
+
 def test_four_digits_are_the_same_integers(rng):
     """The form for the matrix unit: two halves of two digits each, none of which overflows."""
     x = blocks_of_every_kind(rng, 32)
     T, steps = len(x), x.shape[1] // 32
-    out = np.zeros((-(-T // 16), steps, matrix_step_nbytes(3)), np.uint8)
-    arguments = x.ctypes.data, x.strides[0], steps, 5, out.ctypes.data
-    CpuBackend(1)._run(quantise_for_matrix(3, True), T * steps, 0, *arguments)
+    out = matrix_tiles(x, 3, offset=5)
     digits = np.ascontiguousarray(out[..., : 128 * 16]).view(np.int8).reshape(-1, steps, 16, 2, 2, 32)
     halves = 16 * digits[..., 0, :].astype(np.int64) + digits[..., 1, :]
     integers = (4096 * halves[..., 0, :] + halves[..., 1, :]).transpose(0, 2, 1, 3).reshape(-1, steps, 32)[:T]
@@ -129,9 +136,7 @@ def test_four_digits_are_the_same_integers(rng):
 def test_one_digit_for_the_matrix_unit_is_the_same(rng):
     x = blocks_of_every_kind(rng, 32)
     T, steps = len(x), x.shape[1] // 32
-    out = np.zeros((-(-T // 16), steps, matrix_step_nbytes(1)), np.uint8)
-    arguments = x.ctypes.data, x.strides[0], steps, 3, out.ctypes.data
-    CpuBackend(1)._run(quantise_for_matrix(1, True), T * steps, 0, *arguments)
+    out = matrix_tiles(x, 1, offset=3)
     by_rows = [
         np.ascontiguousarray(part).reshape(-1, steps, 16, n).transpose(0, 2, 1, 3).reshape(-1, steps, n)[:T]
         for part, n in ((out[..., : 32 * 16], 32), (out[..., 32 * 16 :], 16))

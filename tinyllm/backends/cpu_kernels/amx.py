@@ -104,6 +104,6 @@ def emit_tile_store(b: Builder, tile: int, address: Value, stride: int | Value) 
     _emit(b, "tilestored64", _tile(tile), pointer(b, address, I8), stride)
 
 
-def emit_tile_product(b: Builder, kind: str, c: int, a: int, codes: int) -> None:
+def emit_tile_product(b: Builder, kind: str, C: int, A: int, B: int) -> None:
     """C += A B; kind: "dpbsud" (int8 times uint8), "dpbf16ps", ..."""
-    _emit(b, f"t{kind}", _tile(c), _tile(a), _tile(codes))
+    _emit(b, f"t{kind}", _tile(C), _tile(A), _tile(B))

@@ -1,6 +1,6 @@
 """float16 to float32 and back: the CPU's own instructions, or integers where it has none (x86 without F16C).
 
-LLVM would call a library for these that processes need not have.
+LLVM would call a library for these that processes need not have. And float32 to bfloat16, in integers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from tinyllm.backends.cpu_kernels.host_cpu import host_cpu
 
-__all__ = ["emit_float_of_half", "emit_half_of_float"]
+__all__ = ["emit_bf16_of_float", "emit_float_of_half", "emit_half_of_float"]
 
 Builder = Any  # llvmlite.ir.IRBuilder
 Value = Any  # llvmlite.ir.Value
@@ -71,3 +71,13 @@ def emit_half_of_float(b: Builder, x: Value) -> Value:
     result = b.select(b.icmp_unsigned("<", magnitude, const(143 << 23)), result, special)
     bits16 = b.trunc(b.or_(result, b.lshr(sign, const(16))), _shaped(x.type, ir.IntType(16)))
     return b.bitcast(bits16, _shaped(x.type, ir.HalfType()))
+
+
+def emit_bf16_of_float(b: Builder, x: Value) -> Value:
+    """The upper half of a float32 or of each of a vector, rounded to nearest even, as int16; NaN becomes 0x7fc0."""
+    ints = _shaped(x.type, ir.IntType(32))
+    bits = b.bitcast(x, ints)
+    odd = b.and_(b.lshr(bits, _constant(ints, 16)), _constant(ints, 1))
+    rounded = b.add(bits, b.add(_constant(ints, 0x7FFF), odd))
+    chosen = b.select(b.fcmp_unordered("uno", x, x), _constant(ints, 0x7FC00000), rounded)
+    return b.trunc(b.lshr(chosen, _constant(ints, 16)), _shaped(x.type, ir.IntType(16)))

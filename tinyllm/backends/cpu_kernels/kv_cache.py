@@ -14,17 +14,15 @@ from numpy.typing import NDArray
 from tinyllm.backends.base import F32Array, I32Array, KVCacheSpec
 from tinyllm.backends.cpu_kernels.attention_amx import suits_amx
 from tinyllm.backends.cpu_kernels.deferred import types
-from tinyllm.backends.cpu_kernels.half import emit_half_of_float
+from tinyllm.backends.cpu_kernels.half import emit_bf16_of_float, emit_half_of_float
 from tinyllm.backends.cpu_kernels.int8_vectors import inverse_of, scale_of, store_int8
 from tinyllm.backends.cpu_kernels.jit import Kernel
 from tinyllm.backends.cpu_kernels.memory import sparse_zeros
 from tinyllm.backends.cpu_kernels.simd import (
     F32,
-    I1,
     I16,
     I32,
     LANES,
-    V16,
     V32,
     VF,
     Builder,
@@ -169,25 +167,11 @@ def read(layer: KVLayer, slots: I32Array) -> tuple[F32Array, F32Array]:
     return _widened(k, layer.storage), _widened(v, layer.storage)
 
 
-def _bf16_of_float(b: Builder, x: Value) -> Value:
-    """The upper halves of float32, rounded to nearest even; NaN becomes 0x7fc0. One of them, or a vector."""
-    kind, half = (V32, V16) if isinstance(x.type, ir.VectorType) else (I32, I16)
-
-    def constant(value: int) -> Value:
-        return const_vec(kind, value) if kind is V32 else ir.Constant(kind, value)
-
-    bits = b.bitcast(x, kind)
-    odd = b.and_(b.lshr(bits, constant(16)), constant(1))
-    rounded = b.add(bits, b.add(constant(0x7FFF), odd))
-    chosen = b.select(b.fcmp_unordered("uno", x, x), constant(0x7FC00000), rounded)
-    return b.trunc(b.lshr(chosen, constant(16)), half)
-
-
 def _rounding(storage: str) -> Callable[[Builder, Value], Value]:
     """From float32, one or a vector of them, to what is stored."""
     if storage == "f32":
         return lambda b, x: x
-    return emit_half_of_float if storage == "f16" else _bf16_of_float
+    return emit_half_of_float if storage == "f16" else emit_bf16_of_float
 
 
 def _writers(storage: str) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -262,7 +246,7 @@ def write_kernel(storage: str) -> Kernel:
 @instruction(types.void, *(types.int64,) * 2)
 def _put_key_pairs(b: Builder, source: Value, target: Value) -> None:
     """Sixteen elements of a key, in pairs, to a tile of keys."""
-    values = _bf16_of_float(b, emit_load(b, source, VF, align=4))
+    values = emit_bf16_of_float(b, emit_load(b, source, VF, align=4))
     pairs = b.bitcast(values, ir.VectorType(I32, LANES // 2))
     for i in range(LANES // 2):
         b.store(b.extract_element(pairs, ir.Constant(I32, i)), pointer(b, target, I32, 64 * i), align=4)
@@ -271,13 +255,12 @@ def _put_key_pairs(b: Builder, source: Value, target: Value) -> None:
 @instruction(types.void, *(types.int64,) * 3)
 def _put_every_other(b: Builder, source: Value, target: Value, odd: Value) -> None:
     """Sixteen elements of a value to where they lie beside another key's, which another thread may be writing."""
-    kind, where = ir.VectorType(I16, 2 * LANES), ir.VectorType(I1, 2 * LANES)
+    kind = ir.VectorType(I16, 2 * LANES)
     shift = emit_splat(b, b.trunc(b.mul(odd, const(16)), I32), V32)
-    values = b.zext(_bf16_of_float(b, emit_load(b, source, VF, align=4)), V32)
+    values = b.zext(emit_bf16_of_float(b, emit_load(b, source, VF, align=4)), V32)
     kept = b.bitcast(b.shl(const_vec(V32, 0xFFFF), shift), kind)
     mask = b.icmp_signed("!=", kept, ir.Constant(kind, [0] * (2 * LANES)))
     arguments = b.bitcast(b.shl(values, shift), kind), pointer(b, target, kind), ir.Constant(I32, 2), mask
-    assert mask.type == where
     emit_call(b, "llvm.masked.store.v32i16.p0", ir.VoidType(), *arguments)
 
 
